@@ -1,0 +1,66 @@
+# Two commands matter: `make demo` shows what hydragrad does, `make test` checks everything.
+# Both build the environment they need in .venv, and rebuild it only when its description changes.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= 2
+
+BIN     := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+
+# Where `hydragrad demo` writes when it is not told otherwise.
+PICTURES := demo-output
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:  # half an environment is none
+.NOTPARALLEL:      # the steps of `test` run in the order given, also under -j
+.PHONY: help demo test lint types docs tests wheel bench format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo  ## run the demo and say where its pictures are
+	$(BIN)/hydragrad demo
+	@echo; echo "Look at:"; find "$(CURDIR)/$(PICTURES)" -name '*.html' -o -name '*.png' | sort | sed 's/^/  /'
+
+test: lint types docs tests  ## check everything: style, types, documentation, tests
+
+lint: $(VENV)/.dev  ## check the style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## check the types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.dev  ## build the documentation into site/, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+tests: $(VENV)/.dev  ## run the tests, docstring and documentation examples and the wheel's test included
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+wheel: $(VENV)/.dev  ## build sdist and wheel into dist/, and test a wheel in a clean environment
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m pytest tests/test_wheel.py
+
+bench: $(VENV)/.dev  ## run the benchmarks
+	$(BIN)/python -m benchmarks
+
+format: $(VENV)/.dev  ## mend the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove all that make made: environment, caches, outputs
+	rm -rf $(VENV) build dist site $(PICTURES) .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks docs examples experiments -name __pycache__ -type d -exec rm -rf {} + 2>/dev/null || true
+
+# A stamp stands for "this environment has these extras", so that a second call installs nothing.
+$(VENV)/.demo: EXTRAS := demo
+$(VENV)/.dev:  EXTRAS := demo,docs,dev
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@echo 'Installing hydragrad[$(EXTRAS)] into $(VENV): some minutes the first time, torch is large'
+	@$(INSTALL) -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/pyvenv.cfg:
+	$(PYTHON) -m venv $(VENV)
