@@ -1,0 +1,1 @@
+"""What happened in training: recorded as it happens, kept on disk, replayed exactly."""

@@ -1,0 +1,148 @@
+"""Whether what is replayed is what was recorded; if not, in which way, in words."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hydragrad.errors import message
+from hydragrad.trajectory.fingerprints import batch_digests, describe_batch
+
+# Rounding of a loss that is written in another way (a mean inside cross_entropy) stays far below these.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_SEARCHED = 20_000  # examples looked through for the place a recorded example moved to
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative difference above which two gradients are not the same computation."""
+    return _TOLERANCE.get(dtype, 5e-2)
+
+
+def gradient_difference(recorded: Tensor, replayed: Tensor) -> float:
+    """Largest difference of two fingerprints, relative to the recorded gradient's norm; 0.0 if equal bit for bit."""
+    a, b = recorded.to("cpu", torch.float64), replayed.to("cpu", torch.float64)
+    apart = (a != b) & ~(a.isnan() & b.isnan())
+    if not bool(apart.any()):
+        return 0.0
+    difference = float((a - b)[apart].abs().max())
+    norm = float(a[0])
+    return difference / norm if norm > 0 and difference == difference else float("inf")
+
+
+def explain_gradient(recorded: Tensor, replayed: Tensor, step: int, examples: int, random: bool) -> str:
+    """A refusal's message for a replayed gradient that is not the recorded one."""
+    a, b = recorded.to("cpu", torch.float64), replayed.to("cpu", torch.float64)
+    ratio = float(b[0] / a[0]) if float(a[0]) else float("inf")
+    gap = (b[1:] - ratio * a[1:]).abs()
+    scaled = 0 < ratio < float("inf") and bool((gap <= 1e-2 * (ratio * a[1:]).abs() + 1e-6 * b[0]).all())
+    if scaled and abs(ratio - 1) > 1e-6:
+        factor, word = (ratio, "larger") if ratio > 1 else (1 / ratio, "smaller")
+        cause, remedy = _scale_cause(factor, ratio > 1, examples)
+        summary = f"the replayed gradient at step {step} is {factor:.4g} times {word} than the recorded one"
+    elif random:
+        summary = f"the replayed gradient at step {step} differs from the recorded one"
+        cause = "torch's random numbers were drawn inside the step (dropout, augmentation in the loop)"
+        remedy = "train without them, or draw them in the data set or before the batch is yielded"
+    else:
+        summary = f"the replayed gradient at step {step} differs from the recorded one, not only in scale"
+        cause = "another loss or model code than in the recorded loop, or gradients changed before the step (clipping)"
+        remedy = "give the loss that was trained, per example, and the model's code as it was"
+    return message(
+        summary,
+        expected=f"norm {float(a[0]):.6g}, projections {float(a[1]):.6g}, {float(a[2]):.6g}",
+        got=f"norm {float(b[0]):.6g}, projections {float(b[1]):.6g}, {float(b[2]):.6g}",
+        cause=cause,
+        remedy=remedy,
+    )
+
+
+def _scale_cause(factor: float, larger: bool, examples: int) -> tuple[str, str]:
+    whole = abs(factor - round(factor)) < 1e-3 * factor
+    if whole and round(factor) == examples and examples > 1:
+        did, give = ("mean", "sum") if larger else ("sum", "mean")
+        return (
+            f"the factor is the batch size: did the loop take the {did} of the losses?",
+            f"give reduction={did!r} (not {give!r})",
+        )
+    if whole and larger and round(factor) <= 64:
+        return (
+            "did the loop divide the loss by accumulation steps?",
+            "give a reduction that divides too: reduction=lambda batch, shape: "
+            f"torch.tensor(1 / (shape.numel() * {round(factor)}))",
+        )
+    if whole and round(factor) <= 64:
+        return (
+            "did the loop multiply the loss, or take sums or means over other examples than the batch?",
+            "give a reduction with the loop's own coefficients: (batch, shape) -> coefficients",
+        )
+    return (
+        "loss scaling, or gradient clipping between backward and step",
+        "give a reduction with the loop's own scale: (batch, shape) -> coefficients",
+    )
+
+
+def explain_data(
+    fetch: Callable[[Tensor], Any],
+    length: int,
+    ids: Tensor,
+    recorded: Tensor,
+    batch: Any,
+    leaves: list[dict[str, Any]],
+    step: int,
+) -> str:
+    """A refusal's message for examples that are not the recorded ones. ``fetch``: ids -> fresh batch."""
+    given = batch_digests(batch, len(ids)).cpu()
+    wrong = (given != recorded.cpu()).nonzero().flatten()
+    names = f"{len(wrong)} of the {len(ids)} examples at step {step} differ from the recorded ones"
+    now = describe_batch(batch)
+    if leaves and now != leaves:
+        before, after = next(
+            ((a, b) for a, b in zip(leaves, now, strict=False) if a != b), (f"{len(leaves)} parts", f"{len(now)} parts")
+        )
+        return message(
+            f"the data has another form than the recorded one: {names}",
+            expected=_form(before),
+            got=_form(after),
+            cause="another dtype, transform or collate function",
+            remedy="give the data set and collate_fn of the recorded loop",
+        )
+    if not torch.equal(batch_digests(fetch(ids), len(ids)).cpu(), given):
+        return message(
+            f"the data set gives other content each time it is asked: {names}",
+            cause="random augmentation in the data set",
+            remedy="record with a deterministic data set (augment once, ahead of training)",
+        )
+    place = int(wrong[0])
+    moved = _find(fetch, length, len(ids), int(recorded[place]))
+    if moved is not None:
+        return message(
+            f"the order of the data differs: recorded example {int(ids[place])} looks like example {moved} of the "
+            f"given data; {names}",
+            cause="the data set was shuffled, sorted, filtered or split in another way",
+            remedy="give the data in the order in which it was recorded",
+        )
+    return message(
+        f"the content of the data changed: {names}, the first is example {int(ids[place])}",
+        cause="another version of the data, other preprocessing or labels",
+        remedy="give the very data set of the recorded run",
+    )
+
+
+def _form(leaf: Any) -> str:
+    if isinstance(leaf, str):
+        return leaf
+    return f"{leaf['path'] or 'the batch'}: {leaf['dtype']} of shape {leaf['shape']} per example"
+
+
+def _find(fetch: Callable[[Tensor], Any], length: int, examples: int, digest: int) -> int | None:
+    """The example of the given data with this digest, if it is among the first ones and digests are per example."""
+    for start in range(0, min(length, _SEARCHED), examples):
+        ids = torch.arange(start, min(start + examples, length))
+        try:
+            found = (batch_digests(fetch(ids), len(ids)).cpu() == digest).nonzero().flatten()
+        except Exception:  # the user's data may fail anywhere; the refusal matters more than this hint
+            return None
+        if len(found):
+            return int(ids[int(found[0])])
+    return None

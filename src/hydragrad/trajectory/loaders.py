@@ -1,0 +1,156 @@
+"""Watching a torch DataLoader: which ids each batch holds, without changing a batch or a random number."""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
+
+from hydragrad.errors import MismatchError, UnsupportedError, message
+
+_BY_HAND = "give the ids yourself: recording.batches(iterable, indices=[[ids of batch 0], [ids of batch 1], ...])"
+
+
+def as_ids(index: Any, length: int | None) -> Tensor:
+    """The ids that a sampler yielded for one batch (an int or a sequence of ints), int64 [b], non-negative."""
+    try:
+        array = np.array(index.detach().cpu() if isinstance(index, Tensor) else index).reshape(-1)
+        if array.size and array.dtype.kind not in "iu":
+            raise TypeError(f"ids of {array.dtype}")
+        array = array.astype(np.int64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UnsupportedError(
+            message("the sampler does not yield integer ids", expected="ints", got=repr(index)[:80], remedy=_BY_HAND)
+        ) from error
+    if length is not None and array.size:
+        if array.min() < 0:
+            array = np.where(array < 0, array + length, array)
+        if array.min() < 0 or array.max() >= length:
+            raise MismatchError(
+                message("an id lies outside the data", expected=f"0 to {length - 1}", got=f"{array.tolist()[:8]}")
+            )
+    return torch.from_numpy(array)
+
+
+@final
+class _NotingSampler:
+    """The loader's own index sampler, which notes each index list it hands out."""
+
+    def __init__(self, sampler: Any, length: int) -> None:
+        self._sampler, self._length = sampler, length
+        self.noted: deque[tuple[Tensor, str]] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.noted = noted = deque()  # a new pass; what an abandoned one prefetched is forgotten
+        for index in self._sampler:
+            noted.append((as_ids(index, self._length), "index" if isinstance(index, int) else "indices"))
+            yield index
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "noted":
+            raise AttributeError(name)
+        return getattr(self._sampler, name)
+
+
+@final
+class WatchedLoader:
+    """Iterates a shallow copy of a DataLoader whose sampler is noted; yields (ids, batch).
+
+    The copy shares sampler, generator and data set, so samplers and the base seed draw exactly what they would draw
+    without it. ``mode`` says how a batch is fetched again: see BatchSource.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        _refuse_unwatchable(loader)
+        self._loader, self.data = loader, loader.dataset
+        self.length = len(loader.dataset)  # type: ignore[arg-type]
+        self._sampler = _NotingSampler(loader._index_sampler, self.length)
+        self._copy = copy.copy(loader)
+        batched = loader.batch_sampler is not None
+        self._copy.__dict__["batch_sampler" if batched else "sampler"] = self._sampler
+        self.mode = "samples" if batched else "indices"
+        function: Callable[..., Any] = loader.collate_fn
+        self.collate = {
+            "default": function is default_collate or (not batched and function is default_convert),
+            "function": f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}",
+        }
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+        self._share_workers(self._loader, self._copy, self._sampler)
+        try:
+            for batch in self._copy:
+                if not self._sampler.noted:
+                    raise UnsupportedError(
+                        message(
+                            "the loader yields more batches than its sampler made index lists",
+                            cause=f"{type(self._loader).__name__} iterates in a way of its own",
+                            remedy=_BY_HAND,
+                        )
+                    )
+                ids, kind = self._sampler.noted.popleft()
+                if self.mode != "samples":
+                    self.mode = kind
+                yield ids, batch
+        finally:
+            self._share_workers(self._copy, self._loader, self._loader._index_sampler)
+
+    @staticmethod
+    def _share_workers(source: DataLoader, target: DataLoader, sampler: Any) -> None:
+        """Hand persistent workers over: a second set of workers would draw a second base seed."""
+        target._iterator = source._iterator
+        if target._iterator is not None:
+            target._iterator._index_sampler = sampler
+
+
+def _refuse_unwatchable(loader: DataLoader) -> None:
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+        raise UnsupportedError(
+            message(
+                "examples of an iterable data set have no ids",
+                expected="a map-style data set (__len__ and __getitem__)",
+                got=type(loader.dataset).__name__,
+                remedy=_BY_HAND,
+            )
+        )
+    if loader.num_workers > 0 and not getattr(loader, "in_order", True):
+        raise UnsupportedError(
+            message(
+                "batches that arrive out of order cannot be matched with their ids",
+                expected="in_order=True",
+                got=f"in_order=False with {loader.num_workers} workers",
+                remedy=f"set in_order=True, or {_BY_HAND}",
+            )
+        )
+
+
+@final
+class WatchedBatches:
+    """Batches from anywhere, with ids given beside them; yields (ids, batch)."""
+
+    def __init__(self, batches: Iterable[Any], indices: Iterable[Any]) -> None:
+        self.mode, self.length = "samples", None
+        self.collate = {"default": True, "function": "given by hand"}
+        self._batches, self._indices = batches, indices
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+        indices, missing = iter(self._indices), object()
+        for count, batch in enumerate(self._batches):
+            index = next(indices, missing)
+            if index is missing:
+                raise MismatchError(
+                    message("fewer id lists than batches", expected="one list of ids for each batch", got=f"{count}")
+                )
+            yield as_ids(index, None), batch

@@ -1,0 +1,112 @@
+"""The recorded steps revisited, forwards or backwards, each with the state it started from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from hydragrad.trajectory.replay import Replayer
+from hydragrad.trajectory.state import State, StepRecord
+from hydragrad.trajectory.store import Trajectory
+
+
+@final
+@dataclass(frozen=True)
+class Moment:
+    """One step revisited: its record, the state before it, its gradient by parameter name, its micro-batches."""
+
+    record: StepRecord
+    state: State
+    gradient: dict[str, Tensor]
+    batches: list[tuple[Tensor, Any]]
+
+
+def drift_between(a: State, b: State) -> float:
+    """Largest difference of any parameter or float buffer, relative to that tensor's largest entry; 0: bit for bit."""
+    worst = 0.0
+    for name, x in (*a.params.items(), *a.buffers.items()):
+        y = b.params[name] if name in b.params else b.buffers[name]
+        y = y.to(x.device)
+        if x.equal(y):
+            continue
+        difference = float((x.double() - y.double()).abs().max()) / max(float(x.double().abs().max()), 1e-300)
+        worst = max(worst, difference if difference == difference else float("inf"))
+    return worst
+
+
+def advance(replayer: Replayer, record: StepRecord) -> dict[str, Tensor]:
+    """Take one step; its gradient by parameter name (absent: no gradient came)."""
+    replayer.advance(record)
+    params = replayer.module.named_parameters()
+    return {name: p.grad for name, p in params if p.grad is not None and name not in record.without_grad}
+
+
+def forwards(replayer: Replayer, trajectory: Trajectory, stop: int) -> Iterator[Moment]:
+    """The moments of steps 0 .. ``stop - 1``."""
+    replayer.restore(trajectory.state(0))
+    for record in trajectory.steps[:stop]:
+        before = replayer.state()
+        gradient = advance(replayer, record)
+        yield Moment(record, before, gradient, replayer.batches(record, again=True))
+
+
+@final
+class Backwards:
+    """Iterates over steps ``stop - 1 .. 0`` as Moments.
+
+    Every stretch between two checkpoints is replayed forwards, then handed out backwards. At most about ``most``
+    states are kept at a time: longer stretches are cut by states in memory, and replayed once more.
+    ``drift``: step of a checkpoint -> how far the replay ended from it.
+    """
+
+    def __init__(self, replayer: Replayer, trajectory: Trajectory, stop: int, most: int) -> None:
+        self.replayer = replayer
+        self.trajectory = trajectory
+        self.stop = stop
+        self.most = max(most, 2)
+        self.drift: dict[int, float] = {}
+        self.replayed = 0
+
+    def __iter__(self) -> Iterator[Moment]:
+        marks = [t for t in self.trajectory.checkpoints if t < self.stop]
+        end: State | None = None
+        for start, stop in reversed(list(zip(marks, [*marks[1:], self.stop], strict=True))):
+            if end is None and stop in self.trajectory.checkpoints:
+                end = self.trajectory.state(stop)
+            state = self.trajectory.state(start)
+            yield from self._stretch(state, stop, end)
+            end = state
+
+    def _stretch(self, state: State, stop: int, end: State | None) -> Iterator[Moment]:
+        length = stop - state.step
+        if length <= self.most:
+            yield from self._short(state, stop, end)
+            return
+        piece = max(self.most, -(-length // self.most))
+        cuts = [state]
+        self.replayer.restore(state)
+        for t in range(state.step, state.step + (length - 1) // piece * piece):
+            self._advance(t)
+            if (self.replayer.step - state.step) % piece == 0:
+                cuts.append(self.replayer.state())
+        for cut in reversed(cuts):
+            yield from self._stretch(cut, min(cut.step + piece, stop), end if cut is cuts[-1] else None)
+
+    def _short(self, state: State, stop: int, end: State | None) -> Iterator[Moment]:
+        self.replayer.restore(state)
+        moments = []
+        for t in range(state.step, stop):
+            before = state if t == state.step else self.replayer.state()
+            gradient = self._advance(t)
+            moments.append((before, gradient))
+        if end is not None:
+            self.drift[stop] = drift_between(end, self.replayer.state())
+        while moments:
+            before, gradient = moments.pop()
+            record = self.trajectory.steps[before.step]
+            yield Moment(record, before, gradient, self.replayer.batches(record, again=True))
+
+    def _advance(self, t: int) -> dict[str, Tensor]:
+        self.replayed += 1
+        return advance(self.replayer, self.trajectory.steps[t])

@@ -1,0 +1,107 @@
+"""torch.optim optimizers: described while recording, built and restored for replay."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from hydragrad.errors import MismatchError, UnsupportedError, message
+from hydragrad.trajectory.format import dumps
+from hydragrad.trajectory.state import Hyper
+
+
+def group_names(params: dict[str, Tensor], optimizer: Optimizer) -> list[list[str]]:
+    """Names of the parameters of each group, in the optimizer's order."""
+    if not isinstance(optimizer, Optimizer):
+        raise UnsupportedError(message("not an optimizer", expected="a torch.optim optimizer", got=type(optimizer)))
+    for name, param in params.items():
+        if is_lazy(param):
+            raise UnsupportedError(
+                message(f"parameter {name!r} has no shape yet", remedy="run the model once before recording it")
+            )
+    names = {id(param): name for name, param in params.items()}
+    groups = []
+    for place, group in enumerate(optimizer.param_groups):
+        if any(id(param) not in names for param in group["params"]):
+            raise MismatchError(
+                message(
+                    f"param group {place} of the optimizer holds a tensor that is no parameter of the model",
+                    expected="parameters of the model given to hydragrad.record",
+                    cause="the optimizer was made for another model, or before the model's parameters were replaced",
+                    remedy="give the model and the optimizer that train together",
+                )
+            )
+        groups.append([names[id(param)] for param in group["params"]])
+    return groups
+
+
+def hyperparameters(optimizer: Optimizer, names: list[list[str]]) -> tuple[Hyper, ...]:
+    """Each group's hyperparameters as plain values (a tensor learning rate becomes a float)."""
+    if [len(group["params"]) for group in optimizer.param_groups] != [len(group) for group in names]:
+        raise UnsupportedError(
+            message(
+                "the optimizer's param groups changed during the recording",
+                expected=f"groups of {[len(group) for group in names]} parameters",
+                got=f"{[len(group['params']) for group in optimizer.param_groups]}",
+                remedy="record each phase of training as a run of its own",
+            )
+        )
+    return tuple(
+        {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    )
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(part) for part in value)
+    dumps(value)  # raises, naming the value
+    return value
+
+
+def build_optimizer(described: dict[str, Any], groups: tuple[Hyper, ...], params: Mapping[str, Tensor]) -> Optimizer:
+    """The recorded torch.optim class over ``params``, with the recorded groups, order and hyperparameters."""
+    name, module = described["class"], described["module"]
+    cls = getattr(torch.optim, name, None)
+    if cls is None or not module.startswith("torch.optim"):
+        raise UnsupportedError(
+            message(
+                f"the run was recorded with the optimizer {module}.{name}",
+                expected="a class of torch.optim",
+                cause="a custom optimizer, or one of another package",
+                remedy="train with an optimizer of torch.optim; replay runs the very class that was recorded",
+            )
+        )
+    return cls(
+        [
+            {"params": [params[name] for name in names], **hyper}
+            for names, hyper in zip(described["groups"], groups, strict=True)
+        ]
+    )
+
+
+def restore_optimizer(
+    optimizer: Optimizer, slots: Mapping[str, Mapping[str, Tensor]], params: Mapping[str, Tensor]
+) -> None:
+    """Give the optimizer the recorded state, as clones on the devices on which torch.optim keeps them."""
+    on_device = {
+        id(param): bool(group.get("capturable") or group.get("fused"))
+        for group in optimizer.param_groups
+        for param in group["params"]
+    }
+    optimizer.state.clear()
+    for name, held in slots.items():
+        param = params[name]
+        optimizer.state[param] = {
+            slot: value.clone()
+            if slot in ("step", "mu_product") and not on_device.get(id(param), False)
+            else value.to(param.device, copy=True)
+            for slot, value in held.items()
+        }

@@ -1,0 +1,180 @@
+"""Re-running recorded steps exactly, with weights on the examples if asked."""
+
+import copy
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from hydragrad.errors import MismatchError, NonFiniteError, message
+from hydragrad.problem import Problem
+from hydragrad.trajectory.agreement import explain_data, explain_gradient, gradient_difference, tolerance
+from hydragrad.trajectory.batches import BatchSource
+from hydragrad.trajectory.fingerprints import GradientFingerprint, batch_digests
+from hydragrad.trajectory.optimizers import build_optimizer, restore_optimizer
+from hydragrad.trajectory.state import Hyper, State, StepRecord, capture_state
+from hydragrad.trajectory.store import Trajectory
+
+
+def check_weights(weights: Tensor, length: int) -> Tensor:
+    """The weights [N] of the examples, refused unless of that shape and finite."""
+    if not isinstance(weights, Tensor) or weights.shape != (length,):
+        raise MismatchError(
+            message(
+                "weights do not fit the data",
+                expected=f"a tensor of shape [{length}]: one weight per training example, 1 = as trained, 0 = removed",
+                got=f"shape {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__,
+            )
+        )
+    if not bool(weights.isfinite().all()):
+        raise NonFiniteError(message("weights are not finite", expected="finite numbers", got="NaN or infinity"))
+    return weights.detach()
+
+
+@final
+class Replayer:
+    """Takes recorded steps again: (w_t, s_t) -> (w_{t+1}, s_{t+1}) by the real torch.optim class on a private copy.
+
+    On the machine that recorded, bit for bit. ``check``: compare each batch's content and each gradient with the
+    record; a difference raises MismatchError in words (steps that drew random numbers are always compared).
+    ``differences``: step -> relative difference of its gradient, for compared steps that were not equal bit for bit.
+    Example: ``r = Replayer(problem, trajectory); r.restore(trajectory.state(0)); r.advance(trajectory.steps[0])``.
+    """
+
+    def __init__(self, problem: Problem, trajectory: Trajectory, *, check: bool = True) -> None:
+        manifest = trajectory.manifest
+        self.module: nn.Module = copy.deepcopy(problem.model)
+        self.differences: dict[int, float] = {}
+        self._problem, self._trajectory, self._check = problem, trajectory, check
+        self._params = dict(self.module.named_parameters())
+        self._buffers = dict(self.module.named_buffers())
+        self._modules = dict(self.module.named_modules())
+        self.device = next((param.device for param in self._params.values()), torch.device("cpu"))
+        self.source = BatchSource(problem.data, problem.collate, self.device, manifest.collate["mode"])
+        self._fingerprint = GradientFingerprint([param.numel() for param in self._params.values()])
+        self._step = 0
+        self._groups: tuple[Hyper, ...] | None = None
+        self._modes: Mapping[str, bool] | None = None
+        self._none: frozenset[str] | None = None
+        self._trained: list[Tensor] = []
+        self._checked_weights: Tensor | None = None
+        groups = trajectory.steps[0].groups if trajectory.steps else tuple({} for _ in manifest.optimizer["groups"])
+        self._optimizer = build_optimizer(manifest.optimizer, groups, self._params)
+        self._follow_modes(manifest.modes)
+
+    @property
+    def step(self) -> int:
+        """The next step to be taken."""
+        return self._step
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        """Go to a state: parameters, buffers and optimizer state are copied in."""
+        for name, param in self._params.items():
+            param.copy_(state.params[name])
+        for name, buffer in self._buffers.items():
+            buffer.copy_(state.buffers[name])
+        restore_optimizer(self._optimizer, state.optimizer, self._params)
+        self._step = state.step
+
+    def state(self) -> State:
+        """Where it stands, as detached clones."""
+        return capture_state(self._step, self._params, self._buffers, self._optimizer)
+
+    def batches(self, step: StepRecord, *, again: bool = False) -> list[tuple[Tensor, Any]]:
+        """(ids, batch) of each micro-batch of a step, on the device; with ``check`` its content is compared.
+
+        ``again``: the content was compared a moment ago, when the step was taken.
+        """
+        made = []
+        for ids, digests in zip(step.batches, step.digests, strict=True):
+            batch = self.source.fetch(ids)
+            if self._check and not again and not _same(digests, batch, ids):
+                batch = self._second_look(ids, digests, step.index)
+            made.append((ids, batch))
+        return made
+
+    def advance(self, step: StepRecord, weights: Tensor | None = None) -> None:
+        """Take one whole step; ``weights`` [N] multiply the losses of the examples (1: as trained, 0: removed).
+
+        Raises MismatchError if ``step`` is not the next one, if the batch, or without weights the gradient, is not
+        the recorded one; NonFiniteError for weights that are not finite.
+        """
+        if step.index != self._step:
+            raise MismatchError(message("steps out of order", expected=f"step {self._step}", got=f"step {step.index}"))
+        if weights is not None and weights is not self._checked_weights:
+            self._checked_weights = check_weights(weights, len(self._problem.data))
+        self._follow(step)
+        for param in self._params.values():
+            param.grad = None
+        with self._quiet(step), torch.enable_grad():
+            for ids, batch in self.batches(step):
+                losses = self._problem.losses(self.module, batch, len(ids))
+                chosen = None if weights is None else weights[ids]
+                self._problem.reduction.scalar(batch, losses, chosen).backward()
+        for param in self._trained:
+            if param.grad is None:  # unreached now, yet the recorded gradient was zeros and took part in the step
+                param.grad = torch.zeros_like(param)
+        if weights is None and (self._check or step.random):
+            self._compare(step)
+        self._optimizer.step()
+        self._step += 1
+
+    def _follow(self, step: StepRecord) -> None:
+        """Set hyperparameters, modes and what trains as they were at this step."""
+        if step.groups is not self._groups:
+            for group, hyper in zip(self._optimizer.param_groups, step.groups, strict=True):
+                group.update(hyper)
+            self._groups = step.groups
+        if step.modes is not self._modes and step.modes:
+            self._follow_modes(step.modes)
+            self._modes = step.modes
+        if step.without_grad is not self._none:
+            for name, param in self._params.items():
+                param.requires_grad_(name not in step.without_grad)
+            self._trained = [param for name, param in self._params.items() if name not in step.without_grad]
+            self._none = step.without_grad
+
+    def _follow_modes(self, modes: Mapping[str, bool]) -> None:
+        for name, module in self._modules.items():
+            module.training = modes.get(name, module.training)
+
+    def _quiet(self, step: StepRecord) -> Any:
+        """Keep the user's random state where a step draws from it; else nothing is drawn, and nothing is paid."""
+        if not step.random:
+            return nullcontext()
+        devices = [self.device] if self.device.type == "cuda" else []
+        return torch.random.fork_rng(devices=devices)
+
+    def _compare(self, step: StepRecord) -> None:
+        replayed = self._fingerprint([param.grad for param in self._params.values()])
+        difference = gradient_difference(step.fingerprint, replayed)
+        if difference == 0.0:
+            return
+        self.differences[step.index] = difference
+        trained = max((tolerance(param.dtype) for param in self._trained), default=0.0)
+        if difference > trained:
+            examples = len(step.batches[0])
+            raise MismatchError(explain_gradient(step.fingerprint, replayed, step.index, examples, step.random))
+
+    def _second_look(self, ids: Tensor, digests: Tensor, step: int) -> Any:
+        batch = self.source.fetch(ids, fresh=True)
+        if _same(digests, batch, ids):
+            return batch
+        raise MismatchError(
+            explain_data(
+                lambda wanted: self.source.fetch(wanted, fresh=True),
+                len(self._problem.data),
+                ids,
+                digests,
+                batch,
+                self._trajectory.manifest.batch,
+                step,
+            )
+        )
+
+
+def _same(digests: Tensor, batch: Any, ids: Tensor) -> bool:
+    return torch.equal(batch_digests(batch, len(ids)).cpu(), digests)

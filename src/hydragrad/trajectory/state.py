@@ -1,0 +1,106 @@
+"""What a recorded run is made of: states, steps, and the description of the run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hydragrad.errors import UnsupportedError, message
+
+Hyper = dict[str, Any]
+"""Hyperparameters of one param group at one step: floats, bools, ints, strings, None, tuples of these."""
+
+
+@final
+@dataclass(frozen=True)
+class State:
+    """Everything training changes, before step ``step`` is taken (``step`` = T: the end of the run).
+
+    ``params`` and ``buffers`` by name (ties once, frozen parameters too); ``optimizer``: parameter name -> slot ->
+    tensor, as in torch.optim's own state (a slot that is None there is absent here).
+    """
+
+    step: int
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]
+
+
+@final
+@dataclass(frozen=True)
+class StepRecord:
+    """What happened in one optimizer step, without the values: those come from replay.
+
+    ``batches``: ids of each micro-batch in order, int64 ``[b]``; ``digests``: per-example content digests, parallel;
+    ``groups``: hyperparameters of each param group; ``fingerprint``: float64 [3], the gradient's norm and two
+    projections just before the update; ``random``: torch's random numbers were drawn inside the step; ``modes``:
+    submodule name -> training; ``skipped``: ids of batches before this step that no gradient came from.
+    """
+
+    index: int
+    epoch: int
+    batches: tuple[Tensor, ...]
+    digests: tuple[Tensor, ...]
+    groups: tuple[Hyper, ...]
+    without_grad: frozenset[str]
+    fingerprint: Tensor
+    random: bool
+    modes: Mapping[str, bool] = field(default_factory=dict)
+    epochs: tuple[int, ...] = ()
+    loaders: tuple[int, ...] = ()
+    skipped: tuple[Tensor, ...] = ()
+
+
+@final
+@dataclass(frozen=True)
+class Manifest:
+    """The description of a recorded run, written once when its first step is taken."""
+
+    version: int
+    torch: str
+    params: dict[str, dict[str, Any]]
+    """Parameter name -> {"shape", "dtype", "requires_grad"}, in the model's order."""
+    buffers: dict[str, dict[str, Any]]
+    optimizer: dict[str, Any]
+    """{"class", "module", "groups": names of each group's parameters in order}."""
+    modes: dict[str, bool]
+    data_length: int | None
+    collate: dict[str, Any]
+    """{"mode": how batches were fetched, "function": its name, "default": whether it is torch's default}."""
+    batch: list[dict[str, Any]]
+    """The leaves of the first batch: {"path", "dtype", "shape"}."""
+    reduction: str | None
+    checkpoint_every: int
+    device: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def capture_state(
+    step: int, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Optimizer
+) -> State:
+    """The State of live tensors as detached clones; raises UnsupportedError for optimizer state that is no tensor."""
+    slots = {}
+    for name, param in params.items():
+        held = optimizer.state.get(param)
+        if held:
+            slots[name] = {slot: _clone(name, slot, value) for slot, value in held.items() if value is not None}
+    return State(
+        step,
+        {name: param.detach().clone() for name, param in params.items()},
+        {name: buffer.detach().clone() for name, buffer in buffers.items()},
+        slots,
+    )
+
+
+def _clone(name: str, slot: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    raise UnsupportedError(
+        message(
+            f"the optimizer keeps {slot!r} of parameter {name!r} as {type(value).__name__}",
+            expected="tensors, as torch.optim's optimizers keep",
+            remedy="use one of torch.optim's dense optimizers",
+        )
+    )

@@ -1,0 +1,112 @@
+"""Does replay reproduce the recorded run? Bit for bit, or how far off, and why."""
+
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hydragrad.errors import MismatchError
+from hydragrad.run import Run, kept_random_state
+from hydragrad.trajectory.agreement import tolerance
+from hydragrad.trajectory.replay import Replayer
+from hydragrad.trajectory.state import State
+
+
+@final
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` found; true if ``ok``.
+
+    ``exact``: every gradient and checkpoint was equal bit for bit; ``drift``: checkpoint step -> largest relative
+    difference of a tensor; ``first_difference``: the first step whose gradient (or data) differed; ``reasons``: words.
+    """
+
+    ok: bool
+    exact: bool
+    steps: int
+    drift: dict[int, float] = field(default_factory=dict)
+    first_difference: int | None = None
+    reasons: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        if self.exact:
+            head = f"exact: {self.steps} steps replayed bit for bit"
+        elif self.ok:
+            head = f"ok: {self.steps} steps replayed to rounding, largest drift {max(self.drift.values()):.2g}"
+        else:
+            head = f"failed: the replay is not the recorded run ({self.steps} steps replayed)"
+        return "\n".join([head, *(f"- {reason}" for reason in self.reasons)])
+
+
+def verify(run: Run) -> Verification:
+    """Replay the whole run from its first state and compare every batch, gradient and stored checkpoint.
+
+    Never raises for a difference: it is in the result, in words. Example: ``assert verify(run), verify(run)``.
+    """
+    replayer = run.replayer(check=True)
+    drift, reasons, done = {}, [], 0
+    first: int | None = None
+    with kept_random_state():
+        for step in run.steps:
+            if step.index in run.trajectory.checkpoints:
+                drift[step.index] = _state_difference(run.trajectory.state(step.index), replayer.state())
+            try:
+                replayer.advance(step)
+            except MismatchError as error:
+                first = step.index
+                reasons.append(str(error))
+                break
+            done += 1
+    if done == run.num_steps and done in run.trajectory.checkpoints:
+        drift[done] = _state_difference(run.trajectory.state(done), replayer.state())
+    first = min(replayer.differences, default=first)
+    exact = first is None and not any(drift.values())
+    limit = max((tolerance(param.dtype) for param in run.problem.model.parameters()), default=0.0)
+    apart = [step for step, value in drift.items() if not value <= limit]
+    if apart:
+        reasons.append(f"the state at step {apart[0]} is off by {drift[apart[0]]:.2g} relative (allowed: {limit:g})")
+    if not exact:
+        reasons += _hints(run, replayer, first)
+    if not run.trajectory.complete:
+        reasons.append(f"the recording is incomplete ({run.trajectory.reason}): {run.num_steps} steps were kept")
+    return Verification(done == run.num_steps and not apart, exact, done, drift, first, tuple(reasons))
+
+
+def _hints(run: Run, replayer: Replayer, first: int | None) -> list[str]:
+    """What is known to differ in the surroundings."""
+    manifest, hints = run.trajectory.manifest, []
+    if first in replayer.differences:
+        hints.append(f"gradients differ from step {first} on, there by {replayer.differences[first]:.2g} relative")
+    if manifest.torch != torch.__version__:
+        hints.append(f"recorded with torch {manifest.torch}, replayed with torch {torch.__version__}")
+    if manifest.device != str(replayer.device):
+        hints.append(f"recorded on {manifest.device}, replayed on {replayer.device}")
+    if any(step.random for step in run.steps):
+        hints.append("torch's random numbers were drawn inside recorded steps")
+    if not hints:
+        hints.append("rounding: the loss is computed in another order, or torch uses another number of threads")
+    return hints
+
+
+def _state_difference(recorded: State, replayed: State) -> float:
+    """Largest over all tensors of max |a - b| / max |a|; 0.0 only if all are equal bit for bit."""
+    if recorded.optimizer.keys() != replayed.optimizer.keys():
+        return float("inf")
+    pairs = [(recorded.params, replayed.params), (recorded.buffers, replayed.buffers)]
+    pairs += [(recorded.optimizer[name], replayed.optimizer[name]) for name in recorded.optimizer]
+    return max((_difference(a[name], b[name]) for a, b in pairs for name in a), default=0.0)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    b = b.to(a.device)
+    if torch.equal(a, b):
+        return 0.0
+    a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
+    if bool((a.isnan() == b.isnan()).all()) and bool((a.isnan() | (a == b)).all()):
+        return 0.0
+    gap, scale = float((a - b).abs().max()), float(a.abs().max())
+    return gap / scale if scale > 0 and gap == gap else float("inf")

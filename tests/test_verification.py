@@ -1,0 +1,92 @@
+"""Verification says how far a replay is from the record, and why."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from hydragrad.verification import verify
+from tests.trajectory.loops import bind, losses, make_data, make_model, record_run
+
+
+def test_an_exact_replay_is_called_exact(tmp_path: Path) -> None:
+    record_run(tmp_path / "run")
+    found = verify(bind(tmp_path / "run"))
+    assert found
+    assert found.exact
+    assert found.first_difference is None
+    assert found.drift == {0: 0.0, 4: 0.0, 8: 0.0, 10: 0.0}
+    assert str(found) == "exact: 10 steps replayed bit for bit"
+
+
+def nudged(model: nn.Module, batch: Any) -> Tensor:
+    """The same loss up to rounding."""
+    return losses(model, batch) * (1 + 2**-20)
+
+
+def test_rounding_is_ok_but_not_exact_and_measured(tmp_path: Path) -> None:
+    record_run(tmp_path / "run")
+    found = verify(bind(tmp_path / "run", loss=nudged))
+    assert found.ok
+    assert not found.exact
+    assert found.first_difference == 0
+    assert found.drift[0] == 0.0
+    assert 1e-8 < found.drift[10] < 1e-4
+    assert "to rounding" in str(found)
+    assert "gradients differ from step 0" in str(found)
+
+
+def test_data_that_changed_later_in_the_run_fails_with_its_step_and_cause(tmp_path: Path) -> None:
+    record_run(tmp_path / "run", epochs=1)
+    run = bind(tmp_path / "run")
+    victim = int(run.steps[3].batches[0][2])
+    points, labels = (tensor.clone() for tensor in make_data().tensors)
+    points[victim, 1] += 0.5
+    found = verify(bind(tmp_path / "run", data=TensorDataset(points, labels)))
+    assert not found
+    assert not found.exact
+    assert found.steps == 3
+    assert found.first_difference == 3
+    assert f"the first is example {victim}" in str(found)
+    assert str(found).startswith("failed")
+
+
+@pytest.mark.parametrize(("after", "first", "checkpoint"), [(9, 9, 10), (10, None, 10)])
+def test_parameters_changed_outside_the_steps_are_found(
+    after: int, first: int | None, checkpoint: int, tmp_path: Path
+) -> None:
+    model = make_model()
+    taken: list[int] = []
+
+    @torch.no_grad()
+    def meddle() -> None:
+        taken.append(1)
+        if len(taken) == after:
+            next(model.parameters()).mul_(1.0001 if first is None else 0.0)
+
+    record_run(tmp_path / "run", model, on_step=meddle)
+    found = verify(bind(tmp_path / "run"))
+    assert not found.exact
+    assert found.first_difference == first
+    assert found.drift[8] == 0.0
+    assert found.ok == (first is None)  # the first change is large, the second within rounding's allowance
+    assert first is not None or found.drift[checkpoint] > 1e-5
+
+
+def test_an_incomplete_recording_is_verified_as_far_as_it_goes(tmp_path: Path) -> None:
+    record_run(tmp_path / "run")
+    journal = tmp_path / "run" / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    found = verify(bind(tmp_path / "run"))
+    assert found.exact
+    assert "incomplete (the recording process was killed): 10 steps were kept" in str(found)
+
+
+def test_a_run_that_diverged_to_nan_is_not_called_different(tmp_path: Path) -> None:
+    model = make_model()
+    record_run(tmp_path / "run", model, torch.optim.SGD(model.parameters(), lr=float("inf")))
+    assert not all(bool(param.isfinite().all()) for param in model.parameters())
+    assert verify(bind(tmp_path / "run")).exact
