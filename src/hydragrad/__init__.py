@@ -1,0 +1,43 @@
+"""Which training examples made the model do this, and by how much would the answer change without them?"""
+
+__version__ = "0.1.0"
+
+from hydragrad.attributing import attribute
+from hydragrad.attribution import Attribution
+from hydragrad.diagnostics import Diagnostics
+from hydragrad.errors import HydragradError, MismatchError, NonFiniteError, StoreError, UnsupportedError
+from hydragrad.planning import Plan, plan
+from hydragrad.problem import Problem, Reduction
+from hydragrad.run import Run, load
+from hydragrad.tasks.task import Task
+from hydragrad.tasks.training import train
+from hydragrad.trajectory.recording import Recording, record
+from hydragrad.trajectory.state import State
+from hydragrad.vectors import Hypergradients, hypergradients
+from hydragrad.verification import Verification, verify
+
+__all__ = [
+    "Attribution",
+    "Diagnostics",
+    "HydragradError",
+    "Hypergradients",
+    "MismatchError",
+    "NonFiniteError",
+    "Plan",
+    "Problem",
+    "Recording",
+    "Reduction",
+    "Run",
+    "State",
+    "StoreError",
+    "Task",
+    "UnsupportedError",
+    "Verification",
+    "attribute",
+    "hypergradients",
+    "load",
+    "plan",
+    "record",
+    "train",
+    "verify",
+]

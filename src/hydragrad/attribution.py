@@ -1,0 +1,134 @@
+"""The answer: a named matrix of scores."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, final
+
+from torch import Tensor
+
+from hydragrad.diagnostics import Diagnostics
+from hydragrad.errors import MismatchError, StoreError, message
+from hydragrad.shapes import Float, Int
+from hydragrad.trajectory.format import load_tensors, save_tensors, write_atomically
+
+if TYPE_CHECKING:
+    import pandas
+
+_FORMAT = 1
+
+
+class Ranked(NamedTuple):
+    """One row of ``Attribution.top``: a training example (or group) and its score."""
+
+    id: int
+    score: float
+
+
+@final
+@dataclass(frozen=True)
+class Attribution:
+    """Scores of training examples (rows) for queries (columns).
+
+        values[i, j] = - d m_j / d eps_i
+
+    to first order the amount by which measurement m_j RISES if example i is removed from the whole run. Positive: the
+    example helped query j; negative: it harmed. [N, M]; with ``by_epoch`` [E, N, M]; on the CPU, in the run's dtype.
+    ``train_ids`` [N]: positions in the training data (or group numbers); ``query_ids`` [M]: positions among the
+    queries (or query groups). Source: HYDRA, arXiv 2102.02515, whose eps is scaled by 1/N.
+
+    Example: ``scores.top(query=3, k=10)``.
+    """
+
+    values: Float[Tensor, "*epochs N M"]
+    train_ids: Int[Tensor, " N"]
+    query_ids: Int[Tensor, " M"]
+    method: str
+    diagnostics: Diagnostics
+
+    def __post_init__(self) -> None:
+        expected = (len(self.train_ids), len(self.query_ids))
+        if tuple(self.values.shape[-2:]) != expected or self.values.dim() not in (2, 3):
+            raise MismatchError(
+                message("values do not fit their axes", expected=list(expected), got=list(self.values.shape))
+            )
+
+    def __repr__(self) -> str:
+        shape = " x ".join(str(n) for n in self.values.shape)
+        return f"Attribution({shape}, {self.method}, {self.diagnostics.verdict})"
+
+    @property
+    def total(self) -> Float[Tensor, "N M"]:
+        """``values`` summed over epochs, [N, M]."""
+        return self.values.sum(0) if self.values.dim() == 3 else self.values
+
+    def top(self, query: int, k: int = 10, *, largest: bool = True) -> list[Ranked]:
+        """The k most helpful training examples for ``query`` (one of ``query_ids``); ``largest=False``: harmful."""
+        column = self.total[:, self._column(query)]
+        k = min(max(k, 0), len(column))
+        order = column.sort(descending=largest, stable=True).indices[:k]
+        return [Ranked(int(self.train_ids[row]), float(column[row])) for row in order]
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A table: rows ``train_ids``, columns ``query_ids``; with epochs, rows are (epoch, train id)."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas() needs pandas: pip install 'hydragrad[pandas]'") from error
+        columns = pandas.Index(self.query_ids.tolist(), name="query")
+        rows = pandas.Index(self.train_ids.tolist(), name="train")
+        if self.values.dim() == 2:
+            return pandas.DataFrame(self.values.numpy(), index=rows, columns=columns)
+        tables = {
+            epoch: pandas.DataFrame(v.numpy(), index=rows, columns=columns) for epoch, v in enumerate(self.values)
+        }
+        return pandas.concat(tables, names=["epoch", "train"])  # pyright: ignore
+
+    def save(self, path: str | Path) -> Path:
+        """Write to one safetensors file, atomically; returns its path."""
+        path = Path(path)
+        tensors = {"values": self.values, "train_ids": self.train_ids, "query_ids": self.query_ids}
+        about = {"format": _FORMAT, "method": self.method, "diagnostics": self.diagnostics.to_dict()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, save_tensors({k: v.contiguous() for k, v in tensors.items()}, {"attribution": about}))
+        return path
+
+    @staticmethod
+    def load(path: str | Path) -> "Attribution":
+        """Read what ``save`` wrote; raises StoreError for anything else."""
+        path = Path(path)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise StoreError(
+                message(f"cannot read {path}", got=str(error), remedy="name a file made by save()")
+            ) from error
+        tensors, tables = load_tensors(path, data)
+        about = tables.get("attribution", {})
+        if about.get("format") != _FORMAT or set(tensors) != {"values", "train_ids", "query_ids"}:
+            raise StoreError(
+                message(
+                    f"{path} holds no attribution of this version",
+                    expected=f"format {_FORMAT}",
+                    got=f"format {about.get('format')}, tensors {sorted(tensors)}",
+                    remedy="name a file made by Attribution.save",
+                )
+            )
+        diagnostics = Diagnostics.from_dict(about["diagnostics"])
+        return Attribution(**tensors, method=about["method"], diagnostics=diagnostics)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        raise TypeError("an Attribution is not a sequence: use .values, .top(query) or .to_pandas()")
+
+    def _column(self, query: int) -> int:
+        places = (self.query_ids == query).nonzero().flatten()
+        if len(places) != 1:
+            raise MismatchError(
+                message(
+                    "no such query",
+                    expected=f"one of {len(self.query_ids)} query ids, such as {self.query_ids[:5].tolist()}",
+                    got=query,
+                    remedy="query ids are positions in the queries that were given",
+                )
+            )
+        return int(places[0])

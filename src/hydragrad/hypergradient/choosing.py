@@ -1,0 +1,225 @@
+"""Choosing an engine and a block size for the work at hand, from short measurements that pay for themselves."""
+
+import itertools
+import time
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+
+from hydragrad.hypergradient.costs import Timed, activation_bytes, agree, probe_block, products, seconds_of
+from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.engines import candidates, reference
+from hydragrad.hypergradient.points import points_of
+from hydragrad.hypergradient.scaled import Direct, PerExampleGradients, ScaledEngine
+from hydragrad.hypergradient.sweeping import Sweep
+from hydragrad.hypergradient.tracing import Traced
+from hydragrad.step.objective import Point
+from hydragrad.trajectory.moments import Moment
+from hydragrad.trajectory.state import State
+
+_SHARE = 0.15
+"""Part of the predicted time that measuring may take."""
+_BLOCKS = (1, 4, 16, 64, 128)
+_START = 16
+_TRACING = 60
+"""Tracing costs about this many runs of what is traced."""
+_COMPILE_SECONDS = 40.0
+"""What torch.compile is expected to cost; it is tried where half of the predicted time is more than that."""
+
+
+@final
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one number, a query's adjoint, a kept state, the engine's work per query; ``longest`` stretch."""
+
+    number: int
+    adjoint: int
+    state: int
+    engine: int
+    longest: int
+
+
+@final
+@dataclass(frozen=True)
+class Chosen:
+    """The engine with its block, seconds a query and step, seconds a replayed step, sizes, and why."""
+
+    engine: Engine | ScaledEngine
+    block: int
+    per_query: float
+    replay: float
+    sizes: Sizes
+    reasons: tuple[str, ...]
+
+    @property
+    def plain(self) -> Engine:
+        """The engine that gives curvature products, for the forward sweep."""
+        engine = self.engine.engine if isinstance(self.engine, Direct) else self.engine
+        assert isinstance(engine, Engine)
+        return engine
+
+    def limited(self, carried: int) -> "Chosen":
+        """With a block of at most ``carried``."""
+        return replace(self, block=min(self.block, carried))
+
+
+def choose(sweep: Sweep, queries: int, method: str, *, block: int | None, compile: bool | None) -> Chosen:
+    """Measure engines of ``method`` on a recorded batch until measuring would cost more than it saves."""
+    point, replay = _probe_point(sweep)
+    with sweep.objective.differentiable():
+        search = _Search(sweep, point, queries, method, block)
+        search.run(compile)
+    best = search.best
+    return Chosen(best.engine, best.block, best.per_query, replay, _sizes(sweep, point, method), tuple(search.reasons))
+
+
+@final
+class _Search:
+    """The best engine and block size found so far, starting from the reference: plain autograd."""
+
+    def __init__(self, sweep: Sweep, point: Point, queries: int, method: str, block: int | None) -> None:
+        self.objective, self.point, self.queries, self.method = sweep.objective, point, queries, method
+        self.device = sweep.replayer.device
+        self.steps = sweep.stop
+        self.fixed = min(block, queries) if block else None
+        self.reasons: list[str] = []
+        self.began = time.perf_counter()
+        base = reference(method, self.objective)
+        one = probe_block(point, 1)
+        self.truth = products(base, point, one)
+        seconds = seconds_of(lambda: products(base, point, one), self.device, repeats=1)
+        width = self.fixed or min(queries, _START)
+        self.best = Timed(_scaled(base), width, seconds * width)
+
+    def run(self, compile: bool | None) -> None:
+        """Engines as they are, at one size; then the best of them traced, at several; then compiled."""
+        first = self.fixed or self._balanced(_START)
+        plain: dict[str, tuple[Engine, float]] = {}
+        if self.method == "hessian-free":
+            self._try(PerExampleGradients(self.objective), first)
+        for engine in candidates(self.method, self.objective):
+            if self._pays(3 * self.best.per_query):
+                timed = self._try(_scaled(engine), first)
+                if timed is not None:
+                    plain[engine.name] = (engine, timed.seconds)
+        for engine, seconds in sorted(plain.values(), key=lambda pair: pair[1]):
+            if self._pays(_TRACING * seconds / first):
+                self._try(_scaled(_eager_to_traced(engine)), first)
+        self._climb(first)
+        if plain and self.method != "hessian-free" and compile is not False:
+            half = 0.5 * self.steps * self.queries * self.best.per_query
+            if compile or half > _COMPILE_SECONDS:
+                engine = min(plain.values(), key=lambda pair: pair[1])[0]
+                self._try(_eager_to_traced(engine, compile=True), self.best.block, forced=bool(compile))
+
+    def _climb(self, first: int) -> None:
+        """Other block sizes of the best engine, upwards while that helps, else downwards."""
+        if self.fixed or not getattr(_inner(self.best.engine), "batched", True):
+            return
+        engine = self.best.engine
+        sizes = sorted({self._balanced(size) for size in _BLOCKS if size <= self.queries})
+        for way in ([s for s in sizes if s > first], [s for s in reversed(sizes) if s < first]):
+            for size in way:
+                before = self.best
+                if not self._pays(5 * size * self.best.per_query):
+                    return
+                self._try(engine, size)
+                if self.best is before:
+                    break
+            if self.best.block > first:
+                return
+
+    def _balanced(self, size: int) -> int:
+        """The size at most this large that cuts the queries into equal blocks."""
+        return -(-self.queries // -(-self.queries // min(size, self.queries)))
+
+    def _pays(self, seconds: float) -> bool:
+        """Whether another ``seconds`` of measuring are small against what is still to be done."""
+        spent = time.perf_counter() - self.began
+        return spent + seconds < _SHARE * self.steps * self.queries * self.best.per_query
+
+    def _try(self, engine: Engine | ScaledEngine, size: int, *, forced: bool = False) -> Timed | None:
+        """Compare an engine with the reference, time it at a size, keep it if it is the best."""
+        gam = probe_block(self.point, size)
+        try:
+            found = products(engine, self.point, gam)
+            row = None if found[0] is None else tuple(x[:1] for x in found[0]), found[1][:1]
+            if not agree(row, self.truth):
+                self.reasons.append(f"{engine!r} disagrees with plain autograd here and is not used")
+                return None
+            timed = Timed(engine, size, seconds_of(lambda: products(engine, self.point, gam), self.device))
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            self.reasons.append(f"{engine!r} cannot differentiate this model ({_first_line(error)})")
+            return None
+        if forced or timed.per_query < self.best.per_query:
+            self.best = timed
+        return timed
+
+
+def _eager_to_traced(engine: Engine, *, compile: bool = False) -> Traced:
+    traced = Traced(engine, compile=compile)
+    traced.function.eager_first = 1
+    return traced
+
+
+def _inner(engine: Engine | ScaledEngine) -> Engine | ScaledEngine:
+    return engine.engine if isinstance(engine, Direct) else engine
+
+
+def _scaled(engine: Engine) -> Engine | ScaledEngine:
+    """Hessian-free engines serve through the sweep of fixed directions."""
+    return Direct(engine) if engine.method == "hessian-free" or _inner_method(engine) == "hessian-free" else engine
+
+
+def _inner_method(engine: Engine) -> str:
+    return engine.engine.method if isinstance(engine, Traced) else engine.method
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+
+
+def _probe_point(sweep: Sweep) -> tuple[Point, float]:
+    """A point at the last checkpoint before the end, and the seconds of one replayed step there."""
+    trajectory = sweep.run.trajectory
+    start = max(t for t in trajectory.checkpoints if t < sweep.stop)
+    state, record = trajectory.state(start), trajectory.steps[start]
+    replayer = sweep.replayer
+
+    def step() -> None:
+        replayer.restore(state)
+        replayer.advance(record)
+
+    replay = seconds_of(step, replayer.device, repeats=2)
+    moment = Moment(record, state_on(state, replayer.device), {}, replayer.batches(record))
+    _, _, point = next(points_of(moment, sweep.objective))
+    return point, replay
+
+
+def state_on(state: State, device: torch.device) -> State:
+    """The state with parameters and buffers on the device."""
+    return replace(
+        state,
+        params={name: x.to(device) for name, x in state.params.items()},
+        buffers={name: x.to(device) for name, x in state.buffers.items()},
+    )
+
+
+def _sizes(sweep: Sweep, point: Point, method: str) -> Sizes:
+    number = point.params[0].element_size()
+    size = sum(p.numel() for p in point.params) * number
+    slots = sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups)
+    state_slots = sum(p.numel() * len(names) for p, names in zip(point.params, slots, strict=True)) * number
+    rest = sum(x.numel() * x.element_size() for x in point.rest.values())
+    activations = activation_bytes(sweep.objective, point)
+    marks = [t for t in sweep.run.trajectory.checkpoints if t < sweep.stop] + [sweep.stop]
+    factor = {"exact": 4, "gauss-newton": 3, "hessian-free": 2}[method]
+    return Sizes(
+        number=number,
+        # lam, sig, and while the update is pulled back their successors and gam
+        adjoint=size if method == "hessian-free" else 2 * (size + state_slots) + size,
+        state=2 * size + state_slots + rest,
+        engine=factor * activations + 2 * size,
+        longest=max(b - a for a, b in itertools.pairwise(marks)),
+    )

@@ -1,0 +1,100 @@
+"""Measured on the spot: what engines cost on this model, and whether they agree with plain autograd."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.scaled import ScaledEngine
+from hydragrad.step.objective import Objective, Point, Vectors
+
+AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-8}
+"""Relative difference of two engines above which one of them computes something else. Rounding is 100 times smaller."""
+
+
+@final
+@dataclass(frozen=True)
+class Timed:
+    """An engine at a block size: seconds a product of one block."""
+
+    engine: Engine | ScaledEngine
+    block: int
+    seconds: float
+
+    @property
+    def per_query(self) -> float:
+        return self.seconds / self.block
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+    """The shortest of a few runs, after one to warm up."""
+    best = float("inf")
+    for repeat in range(repeats + 1):
+        synchronize(device)
+        began = time.perf_counter()
+        work()
+        synchronize(device)
+        took = time.perf_counter() - began
+        best = min(best, took) if repeat else best
+        if repeat == 0 and took > 5.0:  # long enough to be its own measurement
+            return took
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, where work is queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def probe_block(point: Point, count: int) -> Vectors:
+    """``count`` random unit-scale vectors at a point, the same on every call."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return tuple(torch.randn(count, *p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in point.params)
+
+
+def products(engine: Engine | ScaledEngine, point: Point, gam: Vectors) -> tuple[Vectors | None, Tensor]:
+    """The engine's result on a block, whichever kind of engine it is."""
+    if isinstance(engine, ScaledEngine):
+        return None, engine.terms(point, tuple(torch.ones_like(p) for p in point.params), gam)
+    return engine.products(point, gam)
+
+
+def agree(a: tuple[Vectors | None, Tensor], b: tuple[Vectors | None, Tensor]) -> bool:
+    """Whether two engines' results are the same to rounding."""
+    sums = [x.flatten(2).sum(2) if x.dim() > 2 else x for x in (a[1], b[1])]  # per-token terms against summed ones
+    return all(_close(x, y) for x, y in zip((sums[0], *(a[0] or ())), (sums[1], *(b[0] or ())), strict=True))
+
+
+def _close(x: Tensor, y: Tensor) -> bool:
+    scale = float(y.norm())
+    return float((x - y).norm()) <= AGREEMENT[y.dtype] * scale + 1e-30
+
+
+@contextlib.contextmanager
+def counted_activations() -> Iterator[list[int]]:
+    """Bytes that autograd saves in the block: ``counted[0]``, every storage once."""
+    counted, seen = [0], set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            counted[0] += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield counted
+
+
+def activation_bytes(objective: Objective, point: Point) -> int:
+    """What one forward pass of the batch keeps for its backward pass, parameters not counted."""
+    params = tuple(p.detach().requires_grad_() for p in point.params)
+    with torch.enable_grad(), counted_activations() as counted:
+        objective.losses(params, point.rest, point.batch)
+    return max(counted[0] - sum(p.numel() * p.element_size() for p in params), point.coefficients.nbytes)

@@ -1,0 +1,85 @@
+"""The forward sweep (HYDRA's Algorithm 1): derivatives of the trained parameters in chosen examples' weights."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.points import points_of
+from hydragrad.hypergradient.queries import pulled_back
+from hydragrad.step.objective import Objective, Point, Vectors
+from hydragrad.step.optimizer_map import OptimizerMap
+from hydragrad.step.updates import Slots
+from hydragrad.trajectory.moments import Moment
+
+
+@final
+class Tangents:
+    """``h`` = dw/d eps_i and ``z`` = ds/d eps_i of n examples: a block ``[n, *shape]`` a parameter (and slot)."""
+
+    def __init__(self, params: Sequence[Tensor], slots: Sequence[tuple[str, ...]], count: int) -> None:
+        self.h = [torch.zeros(count, *p.shape, dtype=p.dtype, device=p.device) for p in params]
+        self.z: list[Slots] = [
+            {slot: torch.zeros_like(h) for slot in names} for h, names in zip(self.h, slots, strict=True)
+        ]
+
+    def flat(self) -> Tensor:
+        """H as ``[n, P]``."""
+        return torch.cat([h.flatten(1) for h in self.h], dim=1)
+
+
+def forward_sweep(
+    moments: Iterable[Moment],
+    objective: Objective,
+    optimizer: OptimizerMap,
+    engine: Engine | None,
+    examples: Tensor,
+    tangents: Tangents,
+    block: int,
+    watch: Callable[[int], None],
+) -> Tangents:
+    """Carry ``tangents`` forward over ``moments``: dg = C_t h_i + [i in B_t] dg_t/d eps_i, then the JVP of U_t.
+
+    ``engine`` None: C = 0 (hessian-free). The paper prints the condition inverted; it reads "in the batch".
+    """
+    for moment in moments:
+        linearizations = optimizer.linearize(
+            moment.state.params, moment.state.optimizer, moment.gradient, moment.record.groups
+        )
+        dg = [torch.zeros_like(h) for h in tangents.h]
+        for ids, _, point in points_of(moment, objective):
+            if engine is not None:
+                _add_curvature(engine, point, tangents.h, dg, block)
+            _add_own_gradients(objective, point, ids, examples, dg)
+        for p, linearization in enumerate(linearizations):
+            if linearization is not None:
+                tangents.h[p], tangents.z[p] = linearization.jvp(tangents.h[p], tangents.z[p], dg[p])
+        watch(moment.record.index)
+    return tangents
+
+
+def _add_curvature(engine: Engine, point: Point, h: list[Tensor], dg: list[Tensor], block: int) -> None:
+    for first in range(0, h[0].shape[0], block):
+        chosen = slice(first, first + block)
+        curved, _ = engine.products(point, tuple(x[chosen] for x in h))
+        for total, c in zip(dg, curved or (), strict=False):
+            total[chosen] += c
+
+
+def _add_own_gradients(objective: Objective, point: Point, ids: Tensor, examples: Tensor, dg: list[Tensor]) -> None:
+    """dg_t/d eps_i = c_i grad loss_i, once for every time the example occurs in the batch."""
+    occurs = examples[:, None] == ids[None, :]
+    rows = occurs.any(1).nonzero().flatten()
+    if not len(rows):
+        return
+    coefficients = point.coefficients
+    occurrences = occurs[rows].to(coefficients)
+    cotangents = occurrences.reshape(*occurrences.shape, *(1,) * (coefficients.dim() - 1)) * coefficients
+
+    def losses(params: Vectors) -> Tensor:
+        return objective.losses(params, point.rest, point.batch)
+
+    for total, gradient in zip(dg, pulled_back(losses, point.params, cotangents), strict=True):
+        total.index_add_(0, rows.to(total.device), gradient)

@@ -1,0 +1,181 @@
+"""The queries: what is measured of a trained model, and its sensitivity to the parameters."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from hydragrad.errors import MismatchError, NonFiniteError, message
+from hydragrad.hypergradient.curvature import over_block, vjp
+from hydragrad.problem import Problem
+from hydragrad.step.objective import Objective, Vectors
+from hydragrad.trajectory.batches import BatchSource
+from hydragrad.trajectory.state import State
+
+_TOGETHER = 16
+"""Queries differentiated together: the cost of their gradients grows with the square of this."""
+
+
+@final
+@dataclass(frozen=True)
+class Columns:
+    """Which column each query counts in, and with what factor: one each, or aggregated.
+
+    ``of`` int64 [number of queries]; ``factor`` [number of queries]; ``count`` M.
+    """
+
+    of: Tensor
+    factor: Tensor
+    count: int
+
+    @staticmethod
+    def make(aggregate: "str | Tensor | None", queries: int) -> "Columns":
+        """From ``aggregate``: None (a column a query), "mean", "sum", or a group number per query (sums)."""
+        if queries == 0:
+            raise MismatchError(message("no queries", expected="at least one query", got="an empty data set"))
+        if aggregate is None:
+            return Columns(torch.arange(queries), torch.ones(queries), queries)
+        if isinstance(aggregate, str) and aggregate in ("mean", "sum"):
+            factor = 1.0 / queries if aggregate == "mean" else 1.0
+            return Columns(torch.zeros(queries, dtype=torch.int64), torch.full((queries,), factor), 1)
+        return Columns(*group_numbers(aggregate, queries, "aggregate", "query"))
+
+    def of_block(self, columns: slice) -> Tensor:
+        """The queries that count in these columns, in order."""
+        return ((self.of >= columns.start) & (self.of < columns.stop)).nonzero().flatten()
+
+
+def group_numbers(groups: Any, length: int, argument: str, what: str) -> tuple[Tensor, Tensor, int]:
+    """A group number per element, refused unless integers >= 0, one for each; with factors of one and the count."""
+    numbers = torch.as_tensor(groups)
+    if numbers.shape != (length,) or numbers.is_floating_point() or numbers.is_complex() or int(numbers.min()) < 0:
+        raise MismatchError(
+            message(
+                f"{argument} does not number every {what}",
+                expected=f"{length} integers, 0 or larger (or, for queries, 'mean' or 'sum')",
+                got=f"{argument} of shape {list(numbers.shape)} and dtype {numbers.dtype}",
+                remedy=f"give the group of every {what}, in the order of the data set",
+            )
+        )
+    numbers = numbers.to("cpu", torch.int64)
+    return numbers, torch.ones(length), int(numbers.max()) + 1
+
+
+@final
+class Queries:
+    """m_j(w, v): the measurement of every query with given parameters, in evaluation mode.
+
+    By default the problem's loss (a token loss summed over L); ``measurement(model, batch) -> [m]`` replaces it.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        data: Any,
+        names: tuple[str, ...],
+        measurement: Callable[[nn.Module, Any], Tensor] | None,
+        device: torch.device,
+        mode: str,
+    ) -> None:
+        self.count = _length(data)
+        self.device = device
+        self._objective = Objective(
+            replace(problem, loss=measurement or problem.loss), _evaluation(problem.model), names
+        )
+        self._source = BatchSource(data, problem.collate, device, mode)
+        self._together = 1 if mode == "index" else _TOGETHER
+
+    def values(self, state: State) -> Tensor:
+        """M [M] at a state."""
+        with torch.no_grad():
+            return torch.cat([measure(at) for _, measure, at in self._batches(state, torch.arange(self.count))])
+
+    def sensitivities(self, state: State, columns: Columns, chosen: slice) -> Vectors:
+        """D m/dw of the chosen columns: a block ``[number of columns, *shape]`` a parameter."""
+        width = chosen.stop - chosen.start
+        total: list[Tensor] | None = None
+        for ids, measure, params in self._batches(state, columns.of_block(chosen)):
+            local, rows = columns.of[ids].unique(return_inverse=True)
+            cotangents = torch.zeros(len(local), len(ids), dtype=params[0].dtype)
+            cotangents[rows, torch.arange(len(ids))] = columns.factor[ids].to(params[0].dtype)
+            with self._objective.differentiable():
+                gradients = pulled_back(measure, params, cotangents.to(self.device))
+            if total is None:
+                total = [torch.zeros(width, *x.shape, dtype=x.dtype, device=x.device) for x in params]
+            for sums, rows_of in zip(total, gradients, strict=True):
+                sums.index_add_(0, (local - chosen.start).to(self.device), rows_of)
+        assert total is not None
+        if not all(bool(x.isfinite().all()) for x in total):
+            raise NonFiniteError(
+                message(
+                    "the derivative of a query is not finite",
+                    expected="finite derivatives of the measurement with respect to the parameters",
+                    got="NaN or infinity",
+                    cause="a diverged run, or a measurement with an infinite slope (sqrt or log at 0)",
+                    remedy="look at the final loss of the run, and at the measurement's value for each query",
+                )
+            )
+        return tuple(total)
+
+    def _batches(self, state: State, ids: Tensor) -> Iterator[tuple[Tensor, Callable[[Vectors], Tensor], Vectors]]:
+        params = tuple(state.params[name] for name in self._objective.names)
+        rest = {name: x for name, x in state.params.items() if name not in self._objective.names} | state.buffers
+        for part in ids.split(self._together):
+            batch = self._source.fetch(part)
+
+            def measure(at: Vectors, batch: Any = batch, part: Tensor = part) -> Tensor:
+                return _checked(self._objective.losses(at, rest, batch), len(part))
+
+            yield part, measure, params
+
+
+def pulled_back(function: Callable[[Vectors], Tensor], params: Vectors, cotangents: Tensor) -> Vectors:
+    """Cotangents ``[n, b]`` times the Jacobian of ``function`` at ``params``: tuple of ``[n, *shape]``.
+
+    Batched by vmap; row by row where an operation cannot be batched.
+    """
+    try:
+        _, pull = vjp(function, params)
+        return tuple(x.detach() for x in over_block(lambda row: pull(row)[0], cotangents))
+    except (RuntimeError, NotImplementedError):
+        with torch.enable_grad():
+            leaves = tuple(p.detach().requires_grad_() for p in params)
+            out = function(leaves)
+            rows = [
+                torch.autograd.grad(out, leaves, row, retain_graph=True, materialize_grads=True) for row in cotangents
+            ]
+        return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
+
+
+def _evaluation(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).eval()
+
+
+def _length(data: Any) -> int:
+    try:
+        return len(data)
+    except TypeError as error:
+        raise MismatchError(
+            message(
+                "the queries have no length",
+                expected="a data set or list of samples: __len__ and __getitem__",
+                got=type(data).__name__,
+                remedy="give the data set itself, not a loader or an iterator",
+            )
+        ) from error
+
+
+def _checked(measured: Tensor, queries: int) -> Tensor:
+    if not isinstance(measured, Tensor) or measured.dim() == 0 or measured.shape[0] != queries:
+        raise MismatchError(
+            message(
+                "the measurement does not give a number per query",
+                expected=f"a tensor of shape [{queries}] (or [{queries}, L], which is summed over L)",
+                got=f"shape {list(measured.shape)}" if isinstance(measured, Tensor) else type(measured).__name__,
+                remedy="measure each query by itself; combine queries with aggregate=",
+            )
+        )
+    return measured.flatten(1).sum(1) if measured.dim() > 1 else measured

@@ -1,0 +1,108 @@
+"""What every sweep over a recorded run needs, gathered once: objective, optimizer, checks that it can be swept."""
+
+import copy
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from hydragrad.errors import UnsupportedError, message
+from hydragrad.run import Run
+from hydragrad.step import update_for
+from hydragrad.step.objective import Objective
+from hydragrad.step.optimizer_map import OptimizerMap
+from hydragrad.trajectory.replay import Replayer
+from hydragrad.trajectory.state import State
+
+_PRECISE = (torch.float32, torch.float64)
+
+
+@final
+@dataclass(frozen=True)
+class Sweep:
+    """A run made ready for sweeps that end at step ``stop``."""
+
+    run: Run
+    stop: int
+    replayer: Replayer
+    objective: Objective
+    optimizer: OptimizerMap
+
+    @staticmethod
+    def of(run: Run, step: int | None = None) -> "Sweep":
+        """Raises UnsupportedError for what cannot be differentiated (yet), naming it."""
+        stop = run.num_steps if step is None else step
+        manifest = run.trajectory.manifest
+        if not 1 <= stop <= run.num_steps:
+            raise UnsupportedError(
+                message(
+                    "no such step to ask about",
+                    expected=f"step=1 to {run.num_steps} (the number of steps recorded)",
+                    got=f"step={stop}",
+                )
+            )
+        groups = manifest.optimizer["groups"]
+        grouped = {name for names in groups for name in names}
+        idle = frozenset.intersection(*(record.without_grad for record in run.steps[:stop]))
+        trained = [name for name in manifest.params if name in grouped and name not in idle]
+        replayer = run.replayer(check=True)
+        objective = Objective(run.problem, copy.deepcopy(run.problem.model), trained)
+        objective.follow_modes(manifest.modes)
+        sweep = Sweep(
+            run, stop, replayer, objective, OptimizerMap(update_for(manifest.optimizer["class"]), trained, groups)
+        )
+        sweep._refuse()
+        return sweep
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the trained parameters (of the first, if they differ)."""
+        return getattr(torch, self.run.trajectory.manifest.params[self.objective.names[0]]["dtype"])
+
+    def end(self) -> State:
+        """The state that is asked about, step ``stop``, on the device."""
+        trajectory = self.run.trajectory
+        start = trajectory.nearest(self.stop)
+        self.replayer.restore(trajectory.state(start))
+        for record in trajectory.steps[start : self.stop]:
+            self.replayer.advance(record)
+        return self.replayer.state()
+
+    def _refuse(self) -> None:
+        manifest = self.run.trajectory.manifest
+        if not self.objective.names:
+            raise UnsupportedError(message("no parameter was trained", expected="at least one gradient in the run"))
+        for name in self.objective.names:
+            dtype = getattr(torch, manifest.params[name]["dtype"])
+            if dtype not in _PRECISE:
+                raise UnsupportedError(
+                    message(
+                        f"parameter {name!r} is {dtype}",
+                        expected="float32 or float64 parameters",
+                        got=str(dtype),
+                        cause="half precision rounds the derivatives of a whole run away",
+                        remedy="train in float32",
+                    )
+                )
+        random = next((record.index for record in self.run.steps[: self.stop] if record.random), None)
+        if random is not None:
+            raise UnsupportedError(
+                message(
+                    f"step {random} drew random numbers inside the step",
+                    expected="a loss that is a function of parameters and batch alone",
+                    cause="dropout, or noise or augmentation in the training loop",
+                    remedy="train with dropout 0, and augment in the data set deterministically",
+                )
+            )
+        first = self.run.trajectory.state(0)
+        last = self.run.trajectory.state(self.run.trajectory.nearest(self.stop))
+        for name, buffer in first.buffers.items():
+            if buffer.is_floating_point() and not torch.equal(buffer, last.buffers[name]):
+                raise UnsupportedError(
+                    message(
+                        f"training changed the buffer {name!r}",
+                        expected="a model whose buffers stay as they are",
+                        cause="BatchNorm (or the like) in training mode: its statistics carry the data along",
+                        remedy="use LayerNorm or GroupNorm, or freeze the statistics with .eval() on those layers",
+                    )
+                )

@@ -1,0 +1,126 @@
+"""Before the run: which engine, how many queries at a time, how much memory, how long."""
+
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+
+from hydragrad.errors import UnsupportedError, message
+from hydragrad.hypergradient.choosing import Chosen, choose
+from hydragrad.hypergradient.sweeping import Sweep
+from hydragrad.run import Run
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep will do. ``str(plan)`` says it in words.
+
+    ``engine``: the computation chosen; ``block``: queries per product; ``carried``: queries whose adjoints one sweep
+    carries; ``sweeps``: passes over the run; ``segment``: states kept at a time; ``peak_bytes``: memory above
+    training's, the result included; ``seconds``: predicted; ``budget``: bytes allowed; ``reasons``: why.
+    """
+
+    method: str
+    queries: int
+    engine: str
+    block: int
+    carried: int
+    sweeps: int
+    segment: int
+    peak_bytes: int
+    seconds: float
+    budget: int
+    reasons: tuple[str, ...]
+    chosen: Chosen = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.method}, {self.queries} queries: {self.engine}, {self.block} at a time, {self.sweeps} sweep(s) of "
+            f"{self.carried}, {self.segment} states kept; about {self.peak_bytes / 2**20:.0f} MiB, {self.seconds:.1f} s"
+            + "".join(f"; {reason}" for reason in self.reasons)
+        )
+
+
+def plan(
+    run: Run,
+    queries: Any,
+    method: str = "exact",
+    *,
+    rows: int | None = None,
+    step: int | None = None,
+    memory: int | None = None,
+    block: int | None = None,
+    compile: bool | None = None,
+) -> Plan:
+    """Predict memory and time of ``attribute`` and choose how to do it.
+
+    ``queries``: their number, or the queries; ``memory``: budget in bytes above training's (None: half of what is
+    free); ``block``: queries per product (None: measured); ``compile``: use torch.compile (None: where it pays).
+    Runs the candidates for a moment on one recorded batch. Example: ``print(hydragrad.plan(run, queries=1000))``.
+    """
+    count = queries if isinstance(queries, int) else len(queries)
+    return plan_sweep(Sweep.of(run, step), count, method, rows=rows, memory=memory, block=block, compile=compile)
+
+
+def plan_sweep(
+    sweep: Sweep,
+    queries: int,
+    method: str,
+    *,
+    rows: int | None,
+    memory: int | None,
+    block: int | None,
+    compile: bool | None,
+) -> Plan:
+    """``plan`` for a sweep that is made ready already."""
+    for name, value in (("queries", queries), ("block", block), ("memory", memory)):
+        if value is not None and value < 1:
+            raise UnsupportedError(message(f"{name} is too small", expected="at least 1", got=value))
+    chosen = choose(sweep, queries, method, block=block, compile=compile)
+    device = sweep.replayer.device
+    budget = memory if memory is not None else _free(device) // 2
+    rows = sweep.run.num_examples if rows is None else rows
+    sizes = chosen.sizes
+    result = rows * queries * sizes.number
+    # what every choice needs: the block's engine, the result (its copy on the device while a sweep lasts)
+    fixed = result + chosen.block * sizes.engine
+    left = max(budget - fixed, 0)
+    segment = max(2, min(sizes.longest, left // 4 // sizes.state))
+    left = max(left - segment * sizes.state, 0)
+    carried = max(1, min(queries, left // (sizes.adjoint + rows * sizes.number)))
+    sweeps = -(-queries // carried)
+    carried = -(-queries // sweeps)
+    chosen = chosen.limited(carried)
+    replays = sweeps * (1 if segment >= sizes.longest else 2)
+    seconds = sweep.stop * (replays * chosen.replay + queries * chosen.per_query)
+    peak = result + chosen.block * sizes.engine + segment * sizes.state
+    peak += carried * (sizes.adjoint + rows * sizes.number)
+    reasons = list(chosen.reasons)
+    if peak > budget:
+        reasons.append(f"the budget of {budget / 2**20:.1f} MiB is below what the smallest sweep needs")
+    return Plan(
+        method,
+        queries,
+        repr(chosen.engine).strip("<>"),
+        chosen.block,
+        carried,
+        sweeps,
+        segment,
+        peak,
+        seconds,
+        budget,
+        tuple(reasons),
+        chosen,
+    )
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            available = next(line for line in file if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return 4 * 2**30  # no portable way to ask without another dependency

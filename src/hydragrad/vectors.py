@@ -1,0 +1,219 @@
+"""Hypergradient vectors dw_T/d eps_i of chosen examples: the forward sweep's answer, ready for any later query."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hydragrad.attribution import Attribution
+from hydragrad.diagnostics import Diagnostics
+from hydragrad.errors import MismatchError, NonFiniteError, StoreError, UnsupportedError, message
+from hydragrad.hypergradient.engines import check_method
+from hydragrad.hypergradient.forward import Tangents, forward_sweep
+from hydragrad.hypergradient.queries import Columns, Queries
+from hydragrad.hypergradient.sweeping import Sweep
+from hydragrad.planning import Plan, plan_sweep
+from hydragrad.run import Run, kept_random_state
+from hydragrad.shapes import Float, Int
+from hydragrad.trajectory.format import dumps, loads, write_atomically
+from hydragrad.trajectory.moments import forwards
+
+_ABOUT, _VECTORS = "hypergradients.json", "vectors.bin"
+_FORMAT = 1
+
+
+@final
+@dataclass(frozen=True)
+class Hypergradients:
+    """dw_T/d eps_i of n examples, and scores of any queries from them.
+
+    ``vectors`` [n, P]: the trained parameters in the model's order, flattened (memory-mapped if kept on disk);
+    ``examples`` [n]: their positions in the training data; ``step``: whose parameters these are derivatives of.
+    """
+
+    run: Run
+    vectors: Float[Tensor, "n P"]
+    examples: Int[Tensor, " n"]
+    method: str
+    step: int
+    diagnostics: Diagnostics
+
+    def __repr__(self) -> str:
+        return f"Hypergradients({len(self.examples)} examples, {self.vectors.shape[1]} parameters, {self.method})"
+
+    def scores(
+        self,
+        queries: Any,
+        *,
+        measurement: Callable[[nn.Module, Any], Tensor] | None = None,
+        aggregate: str | Tensor | Sequence[int] | None = None,
+    ) -> Attribution:
+        """score[i, j] = - grad m_j(w_T) . dw_T/d eps_i, [n, M]; arguments as in ``attribute``."""
+        began = time.perf_counter()
+        sweep = Sweep.of(self.run, self.step)
+        mode = self.run.trajectory.manifest.collate["mode"]
+        device = sweep.replayer.device
+        asked = Queries(self.run.problem, queries, sweep.objective.names, measurement, device, mode)
+        columns = Columns.make(
+            aggregate if isinstance(aggregate, str) or aggregate is None else torch.as_tensor(aggregate), asked.count
+        )
+        values = torch.empty(len(self.examples), columns.count, dtype=self.vectors.dtype)
+        with kept_random_state(), sweep.objective.differentiable():
+            end = sweep.end()
+            for first in range(0, columns.count, 64):
+                chosen = slice(first, min(first + 64, columns.count))
+                slopes = torch.cat([x.flatten(1) for x in asked.sensitivities(end, columns, chosen)], dim=1).cpu()
+                for row in range(0, len(self.examples), 256):  # a memory map is read in pieces
+                    values[row : row + 256, chosen] = -(self.vectors[row : row + 256] @ slopes.T)
+        seconds = self.diagnostics.seconds + time.perf_counter() - began
+        diagnostics = Diagnostics(**{**vars(self.diagnostics), "seconds": seconds})
+        return Attribution(values, self.examples, torch.arange(columns.count), self.method, diagnostics)
+
+    @staticmethod
+    def load(path: str | Path, run: Run) -> "Hypergradients":
+        """Open what ``hypergradients(..., path=path)`` kept; the vectors stay on disk. Raises StoreError."""
+        folder = Path(path)
+        try:
+            about = loads((folder / _ABOUT).read_bytes())
+            shape = tuple(about["shape"])
+            dtype = getattr(torch, about["dtype"])
+            size = (folder / _VECTORS).stat().st_size
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                message(
+                    f"{folder} holds no finished hypergradients",
+                    got=str(error),
+                    cause="the sweep was stopped early",
+                    remedy="run hydragrad.hypergradients(..., path=...) to its end",
+                )
+            ) from error
+        if about["format"] != _FORMAT or size != math.prod(shape) * dtype.itemsize:
+            raise StoreError(
+                message(
+                    f"{folder / _VECTORS} is damaged", expected=f"{math.prod(shape) * dtype.itemsize} bytes", got=size
+                )
+            )
+        if about["run"] != _identity(run):
+            raise MismatchError(message(f"{folder} belongs to another run", expected=about["run"], got=_identity(run)))
+        vectors = _mapped(folder / _VECTORS, shape, dtype)
+        diagnostics = Diagnostics.from_dict(about["diagnostics"])
+        return Hypergradients(
+            run, vectors, torch.tensor(about["examples"]), about["method"], about["step"], diagnostics
+        )
+
+
+def hypergradients(
+    run: Run,
+    examples: Tensor | Sequence[int],
+    *,
+    method: str = "exact",
+    step: int | None = None,
+    path: str | Path | None = None,
+    memory: int | None = None,
+    block: int | None = None,
+    compile: bool | None = None,
+    check: bool = True,
+    progress: bool = True,
+) -> Hypergradients:
+    """dw_T/d eps_i of chosen examples by the forward sweep (HYDRA's Algorithm 1), for any queries afterwards.
+
+        h <- JVP of U_t with dg = C_t h + [i in B_t] dg_t/d eps_i
+
+    ``examples``: n positions in the training data; ``path``: a folder in which the vectors are kept, memory-mapped
+    (n P numbers may exceed memory); other arguments as in ``attribute``. ``check``: refuse non-finite vectors.
+    Raises MismatchError, UnsupportedError, NonFiniteError. Source: arXiv 2102.02515.
+    Example: ``hydragrad.hypergradients(run, examples=[3, 14]).scores(test_set)``.
+    """
+    began = time.perf_counter()
+    check_method(method)
+    ids = torch.as_tensor(examples, dtype=torch.int64)
+    if ids.dim() != 1 or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= run.num_examples:
+        raise MismatchError(
+            message(
+                "no such examples", expected=f"ids from 0 to {run.num_examples - 1}", got=ids.flatten().tolist()[:8]
+            )
+        )
+    sweep = Sweep.of(run, step)
+    with kept_random_state():
+        plan = plan_sweep(sweep, len(ids), method, rows=1, memory=memory, block=block, compile=compile)
+        size = sum(math.prod(run.trajectory.manifest.params[name]["shape"]) for name in sweep.objective.names)
+        vectors = _allocate(path, (len(ids), size), sweep.dtype, plan)
+        _sweep_blocks(sweep, plan, ids, vectors, progress)
+    if check and not bool(torch.stack([v.isfinite().all() for v in vectors.split(256)]).all()):
+        raise NonFiniteError(
+            message("a hypergradient is not finite", cause="an unstable run", remedy="try method='gauss-newton'")
+        )
+    diagnostics = Diagnostics(
+        method=method,
+        seconds=time.perf_counter() - began,
+        check_seconds=0.0,
+        replay_seconds=plan.chosen.replay * sweep.stop,
+        drift=0.0,
+        growth=float("nan"),
+        plan=str(plan),
+    )
+    if path is not None:
+        about = {
+            "format": _FORMAT,
+            "shape": tuple(vectors.shape),
+            "dtype": str(vectors.dtype).removeprefix("torch."),
+            "examples": ids.tolist(),
+            "method": method,
+            "step": sweep.stop,
+            "run": _identity(run),
+            "diagnostics": diagnostics.to_dict(),
+        }
+        write_atomically(Path(path) / _ABOUT, dumps(about).encode())
+    return Hypergradients(run, vectors, ids, method, sweep.stop, diagnostics)
+
+
+def _sweep_blocks(sweep: Sweep, plan: Plan, ids: Tensor, vectors: Tensor, progress: bool) -> None:
+    run = sweep.run
+    slots = sweep.optimizer.slots(run.steps[0].groups)
+    params = [sweep.replayer.state().params[name] for name in sweep.objective.names]
+
+    def watch(_: int) -> None:
+        bar.update()
+
+    bar = tqdm(total=sweep.stop * plan.sweeps, desc="sweeping forward", unit="step", delay=2, disable=not progress)
+    with bar, sweep.objective.differentiable():
+        for first in range(0, len(ids), plan.carried):
+            chosen = ids[first : first + plan.carried]
+            tangents = Tangents(params, slots, len(chosen))
+            moments = forwards(sweep.replayer, run.trajectory, sweep.stop)
+            used = None if plan.method == "hessian-free" else plan.chosen.plain
+            forward_sweep(moments, sweep.objective, sweep.optimizer, used, chosen, tangents, plan.block, watch)
+            vectors[first : first + len(chosen)] = tangents.flat().cpu()
+
+
+def _allocate(path: str | Path | None, shape: tuple[int, int], dtype: torch.dtype, plan: Plan) -> Tensor:
+    if path is not None:
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _ABOUT).unlink(missing_ok=True)  # until this sweep has ended, there is no answer here
+        return _mapped(folder / _VECTORS, shape, dtype)
+    if math.prod(shape) * dtype.itemsize > plan.budget:
+        raise UnsupportedError(
+            message(
+                "the vectors do not fit in memory",
+                expected=f"at most {plan.budget / 2**20:.0f} MiB",
+                got=f"{shape[0]} x {shape[1]} numbers: {math.prod(shape) * dtype.itemsize / 2**20:.0f} MiB",
+                remedy="give path=: a folder in which the vectors are kept, memory-mapped",
+            )
+        )
+    return torch.empty(shape, dtype=dtype)
+
+
+def _mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+
+
+def _identity(run: Run) -> str:
+    """What tells one recorded run from another: its gradients."""
+    return " ".join(f"{float(x):.17g}" for record in run.steps[:2] for x in record.fingerprint) + f" {run.num_steps}"

@@ -1,0 +1,1 @@
+"""Tests of the sweeps, through the public names, against the oracles."""

@@ -1,0 +1,331 @@
+"""Naive second implementations of what hydragrad computes, sharing no code with it. Slow, plain, float64.
+
+- `unroll`: the whole run as one autograd graph in the example weights. Exact, every model, every optimizer.
+- `recursion`: the forward sweep with explicit matrices, for `exact`, `gauss-newton` and `hessian-free`.
+- `closed_form`: quadratic losses under SGD with momentum, as products of matrices, without automatic differentiation.
+- `finite_differences`: central differences of retraining, by `run.replay(weights=...)`.
+
+Score everywhere: `-d m_j / d eps_i`, where example i's loss counts `1 + eps_i` times.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.functional import hessian, jacobian
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import default_collate
+
+from tests.step.rules import RULES, Scalars, Tensors, full_hyper, initial_state
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training run, described. `steps[t]` is a list of micro-batches, each a list of example ids.
+
+    `groups`: (parameter names, hyperparameters) per param group; the hyperparameters are one dict, or one per step.
+    `reduction`: "mean", "sum" or `(batch, shape) -> coefficients`. `clip`: a maximal total gradient norm.
+    `modes(model, t)` may change modules' modes before step t, which starts from `model.train()`.
+    """
+
+    model: nn.Module
+    loss: Callable[[Callable[..., Tensor], Any], Tensor]
+    samples: Sequence[Any]
+    steps: Sequence[Sequence[Sequence[int]]]
+    optimizer: str
+    groups: Sequence[tuple[Sequence[str], Mapping[str, Any] | Sequence[Mapping[str, Any]]]]
+    reduction: Any = "mean"
+    clip: float | None = None
+    modes: Callable[[nn.Module, int], None] = lambda model, t: None
+
+    def hyper(self, t: int) -> dict[str, dict[str, Any]]:
+        """The full hyperparameters of each parameter at step t."""
+        chosen = [(names, given if isinstance(given, Mapping) else given[t]) for names, given in self.groups]
+        return {name: full_hyper(self.optimizer, given) for names, given in chosen for name in names}
+
+
+class _PlainBatchNorm(nn.Module):
+    """BatchNorm in formulas, so that the running statistics carry derivatives (torch's own do not)."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, of: Any) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps, self.momentum = of.weight, of.bias, of.eps, of.momentum
+        self.register_buffer("running_mean", of.running_mean)
+        self.register_buffer("running_var", of.running_var)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dims = [d for d in range(x.ndim) if d != 1]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            n = x.numel() / x.shape[1]
+            mean, var = x.mean(dims), x.var(dims, correction=0)
+            self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean
+            self.running_var = (1 - self.momentum) * self.running_var + self.momentum * var * n / (n - 1)
+        normed = (x - mean.view(shape)) / (var.view(shape) + self.eps).sqrt()
+        return normed * self.weight.view(shape) + self.bias.view(shape)
+
+
+def _plain_weight_norm(g: Tensor, v: Tensor) -> Tensor:
+    return g * v / v.square().sum(list(range(1, v.ndim)), keepdim=True).sqrt()
+
+
+def _differentiable(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model).double()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], _PlainBatchNorm(module).train(module.training))
+        if type(module).__name__ == "_WeightNorm":  # the fused kernel's second derivative is wrong in torch 2.13
+            module.forward = _plain_weight_norm  # type: ignore[method-assign]
+    return model
+
+
+def _collate(samples: Sequence[Any], ids: Sequence[int]) -> Any:
+    def double(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.double() if x.is_floating_point() else x
+        return type(x)(double(y) for y in x)
+
+    return double(default_collate([samples[i] for i in ids]))
+
+
+def _bind(model: nn.Module, values: Tensors) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: functional_call(model, values, args, kwargs)
+
+
+def _objective(recipe: Recipe, model: Callable[..., Tensor], ids: Sequence[int], eps: Tensor) -> Tensor:
+    """`reduce_i((1 + eps_i) loss_i)` of one micro-batch."""
+    batch = _collate(recipe.samples, ids)
+    losses = recipe.loss(model, batch)
+    weights = (1 + eps[list(ids)]).view(-1, *[1] * (losses.ndim - 1))
+    if callable(recipe.reduction):
+        return (torch.as_tensor(recipe.reduction(batch, losses.shape)) * weights * losses).sum()
+    return (weights * losses).sum() / (losses.numel() if recipe.reduction == "mean" else 1)
+
+
+def _clipped(gradients: dict[str, Tensor], maximum: float | None) -> dict[str, Tensor]:
+    if maximum is None:
+        return gradients
+    norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+    scale = torch.clamp(maximum / (norm + 1e-6), max=1.0)
+    return {name: scale * g for name, g in gradients.items()}
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """The run as one graph in `eps` `[T, N]` (one weight per step and example)."""
+
+    recipe: Recipe
+    model: nn.Module
+    eps: Tensor
+    params: list[Tensors]  # of w_0 ... w_T
+    buffers: list[Tensors]  # of v_0 ... v_T
+
+    def flat(self, t: int = -1) -> Tensor:
+        """`w_t` as one vector `[P]`, in the order of `named_parameters` (those that train)."""
+        return torch.cat([w.flatten() for w in self.params[t].values()])
+
+    def measurements(self, queries: Sequence[Any], measure: Callable | None = None, t: int = -1) -> Tensor:
+        """`m_j(w_t, v_t)` in eval mode, `[M]`; the loss by default, summed over tokens."""
+        self.model.eval()
+        with sdpa_kernel(SDPBackend.MATH):
+            bound = _bind(self.model, {**self.params[t], **self.buffers[t]})
+            values = (measure or self.recipe.loss)(bound, _collate(queries, range(len(queries))))
+        return values.reshape(values.shape[0], -1).sum(1)
+
+    def scores_by_step(self, queries: Sequence[Any], measure: Callable | None = None, t: int = -1) -> Tensor:
+        """`-d m_j / d eps[t, i]`, `[T, N, M]`."""
+        values = self.measurements(queries, measure, t)
+        columns = [torch.autograd.grad(m, self.eps, retain_graph=True)[0] for m in values]
+        return -torch.stack(columns, dim=-1)
+
+    def scores(self, queries: Sequence[Any], measure: Callable | None = None, t: int = -1) -> Tensor:
+        """`-d m_j / d eps_i`, `[N, M]`."""
+        return self.scores_by_step(queries, measure, t).sum(0)
+
+    def vectors(self, examples: Sequence[int]) -> Tensor:
+        """`d w_T / d eps_i` for chosen examples, `[n, P]`: the transpose of a transpose, by two reverse passes."""
+        w = self.flat()
+        dual = torch.zeros_like(w, requires_grad=True)
+        (pulled,) = torch.autograd.grad(w, self.eps, dual, create_graph=True)
+        return torch.stack([torch.autograd.grad(pulled[:, i].sum(), dual, retain_graph=True)[0] for i in examples])
+
+
+def unroll(recipe: Recipe, create_graph: bool = True) -> Unrolled:
+    """Train by plain autograd, keeping the whole graph. Memory O(T P): tiny models only."""
+    model = _differentiable(recipe.model)
+    eps = torch.zeros(len(recipe.steps), len(recipe.samples), dtype=torch.float64, requires_grad=create_graph)
+    w = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    v = {name: b.detach().clone() for name, b in model.named_buffers()}
+    state: dict[str, Any] = {}
+    params, buffers = [w], [v]
+    for t, micro_batches in enumerate(recipe.steps):
+        recipe.modes(model.train(), t)
+        values = {**w, **v}
+        with sdpa_kernel(SDPBackend.MATH):
+            parts = [_objective(recipe, _bind(model, values), ids, eps[t]) for ids in micro_batches]
+            total = torch.stack(parts).sum()
+            raw = torch.autograd.grad(total, list(w.values()), create_graph=create_graph, allow_unused=True)
+        v = {name: values[name] for name in v}  # functional_call leaves what the model assigned in the dict
+        gradients = _clipped({n: g for n, g in zip(w, raw, strict=True) if g is not None}, recipe.clip)
+        w, hyper = dict(w), recipe.hyper(t)
+        for name, g in gradients.items():
+            slots, scalars = state.get(name) or initial_state(recipe.optimizer, w[name].detach(), hyper[name])
+            w[name], *state[name] = RULES[recipe.optimizer](w[name], g, slots, hyper[name], scalars)
+        if not create_graph:
+            w = {name: p.detach().requires_grad_() for name, p in w.items()}
+        params.append(w)
+        buffers.append(v)
+    return Unrolled(recipe, model, eps, params, buffers)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The forward recursion with explicit matrices
+
+
+def _gauss_newton(recipe: Recipe, model: Callable[[Tensor], Callable[..., Tensor]], w: Tensor, ids: Any) -> Tensor:
+    """`J^T H_out J` of one micro-batch; `model(w)` is the model at w."""
+    zero, kept = torch.zeros(len(recipe.samples), dtype=w.dtype), []
+
+    def outputs(x: Tensor) -> Tensor:
+        def spy(*args: Any, **kwargs: Any) -> Tensor:
+            kept.append(model(x)(*args, **kwargs))
+            return kept[-1]
+
+        _objective(recipe, spy, ids, zero)
+        return kept.pop()
+
+    z = outputs(w).detach()
+    found: Any = jacobian(outputs, w, vectorize=True)
+    jac = found.reshape(z.numel(), -1)
+    out: Any = hessian(lambda z: _objective(recipe, lambda *args, **kwargs: z, ids, zero), z)
+    return jac.T @ out.reshape(z.numel(), -1) @ jac
+
+
+def _curvature(
+    recipe: Recipe, model: Callable[[Tensor], Callable[..., Tensor]], w: Tensor, step: Any, method: str
+) -> Tensor:
+    """`C_t` as a matrix `[P, P]`: the Hessian, `J^T H_out J`, or zero."""
+    zero = torch.zeros(len(recipe.samples), dtype=w.dtype)
+    total = torch.zeros(len(w), len(w), dtype=w.dtype)
+    for ids in step if method != "hessian-free" else []:
+        if method == "exact":
+            found: Any = hessian(lambda x, ids=ids: _objective(recipe, model(x), ids, zero), w)
+            total += found
+        else:
+            total += _gauss_newton(recipe, model, w, ids)
+    return total
+
+
+@dataclass(frozen=True)
+class Recursion:
+    """`vectors`: `d w_T / d eps_i` under the method's curvature, `[N, P]`; `final`: `w_T`, `[P]`."""
+
+    vectors: Tensor
+    final: Tensor
+    gradients: Callable[[Sequence[Any]], Tensor]
+
+    def scores(self, queries: Sequence[Any]) -> Tensor:
+        """`-grad m_j(w_T) . h_i`, `[N, M]`."""
+        return -self.vectors @ self.gradients(queries).T
+
+
+def recursion(recipe: Recipe, method: str) -> Recursion:
+    """Forward sweep with dense matrices. No buffers, no parameter without a gradient; P of some 50."""
+    model = _differentiable(recipe.model).train()
+    names = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    w = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+    def unflat(x: Tensor) -> Tensors:
+        parts = x.split([shape.numel() for shape in names.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(names.items(), parts, strict=True)}
+
+    def at(x: Tensor) -> Callable[..., Tensor]:
+        return _bind(model, unflat(x))
+
+    first = recipe.hyper(0)
+    states = {n: initial_state(recipe.optimizer, p, first[n]) for n, p in unflat(w).items()}
+    scalars = {n: state[1] for n, state in states.items()}
+    keys = [(n, slot) for n, state in states.items() for slot in state[0]]
+    s = torch.cat([states[n][0][slot].flatten() for n, slot in keys] or [w[:0]])
+    moved = torch.zeros(len(w) + len(s), len(recipe.samples), dtype=w.dtype)
+    eps, sizes = torch.zeros(len(recipe.samples), dtype=w.dtype), [len(w), len(s), len(w)]
+
+    def gradient(w: Tensor, step: Any, eps: Tensor) -> Tensor:
+        x = w.detach().requires_grad_()
+        total = torch.stack([_objective(recipe, at(x), ids, eps) for ids in step]).sum()
+        return torch.autograd.grad(total, x, create_graph=True)[0]
+
+    def update(x: Tensor, t: int, scalars: dict[str, Scalars]) -> tuple[Tensor, dict[str, Scalars]]:
+        w, s, g = x.split(sizes)
+        slots: dict[str, Tensors] = {n: {} for n in names}
+        for (n, slot), part in zip(keys, s.split([names[n].numel() for n, _ in keys]), strict=True):
+            slots[n][slot] = part.view(names[n])
+        ws, gs, hyper = unflat(w), _clipped(unflat(g), recipe.clip), recipe.hyper(t)
+        after = {n: RULES[recipe.optimizer](ws[n], gs[n], slots[n], hyper[n], scalars[n]) for n in names}
+        parts = [after[n][0].flatten() for n in names] + [after[n][1][k].flatten() for n, k in keys]
+        return torch.cat(parts), {n: a[2] for n, a in after.items()}
+
+    for t, step in enumerate(recipe.steps):
+        x, now = torch.cat([w, s, gradient(w, step, eps).detach()]), partial(update, t=t, scalars=scalars)
+        dg = _curvature(recipe, at, w, step, method) @ moved[: sizes[0]] + jacobian(partial(gradient, w, step), eps)
+        moved = jacobian(lambda x, now=now: now(x)[0], x, vectorize=True) @ torch.cat([moved, dg])
+        after, scalars = now(x)
+        w, s = after.detach().split(sizes[:2])
+
+    def gradients(queries: Sequence[Any]) -> Tensor:
+        model.eval()
+        batch = _collate(queries, range(len(queries)))
+        return jacobian(lambda x: recipe.loss(at(x), batch).reshape(len(queries), -1).sum(1), w)
+
+    return Recursion(moved[: sizes[0]].T, w, gradients)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# No automatic differentiation at all
+
+
+def closed_form(
+    a: np.ndarray, y: np.ndarray, w: np.ndarray, batches: Sequence[Sequence[int]], lr: float, momentum: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """`loss_i = |A_i w - y_i|^2 / 2` under mean-reduced SGD with momentum: (w_T `[P]`, d w_T / d eps `[N, P]`).
+
+    `a` is `[N, r, P]`, `y` `[N, r]`. The state (w, buffer) moves by an affine map M_t, so what example i adds at step t
+    reaches the end multiplied by M_{T-1} ... M_{t+1}.
+    """
+    p, n = len(w), len(a)
+    eye, maps, kicks, buffer = np.eye(p), [], [], np.zeros(p)
+    for batch in batches:
+        curvature = sum(a[i].T @ a[i] for i in batch) / len(batch)
+        kick = np.zeros((2 * p, n))
+        for i in batch:
+            grad = a[i].T @ (a[i] @ w - y[i]) / len(batch)
+            kick[:, i] += np.concatenate([-lr * grad, grad])
+        buffer = momentum * buffer + kick[p:].sum(1)
+        w = w - lr * buffer
+        maps.append(np.block([[eye - lr * curvature, -lr * momentum * eye], [curvature, momentum * eye]]))
+        kicks.append(kick)
+    later, vectors = np.eye(2 * p), np.zeros((2 * p, n))
+    for matrix, kick in zip(reversed(maps), reversed(kicks), strict=True):
+        vectors += later @ kick
+        later = later @ matrix
+    return w, vectors[:p].T
+
+
+def finite_differences(run: Any, measure: Callable[[Any], Tensor], direction: Tensor, h: float) -> Tensor:
+    """`-d m_j / d eps . direction` by central differences of retraining: `measure(State) -> [M]`."""
+    up, down = (measure(run.replay(weights=1 + sign * h * direction)) for sign in (1, -1))
+    return -(up - down) / (2 * h)

@@ -1,0 +1,190 @@
+"""The command line: what it prints, what it writes, how it refuses."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import hydragrad as hg
+from hydragrad.cli import main
+from hydragrad.commands.app import app
+from tests.tasks.small import write_source
+
+TASK = "small_tasks.py:small"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder with a file of tasks."""
+    write_source(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("COLUMNS", "120")
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.startswith("_hydragrad_task_"):
+            del sys.modules[name]
+
+
+class Printed(NamedTuple):
+    output: str
+    exception: BaseException | None
+
+
+def run(*arguments: str, code: int = 0) -> Printed:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, f"exit code {result.exit_code}\n{result.output}\n{result.exception!r}"
+    return Printed(result.output, result.exception)
+
+
+@pytest.fixture
+def trained(folder: Path) -> Path:
+    run("train", TASK, "--out", "runs/small")
+    return folder / "runs" / "small"
+
+
+def test_train_records_the_run_of_the_task(folder: Path) -> None:
+    printed = run("train", TASK, "--out", "runs/small").output
+    assert "Task('small', 20 training and 10 test examples): 2 epochs in batches of 8, seed 0" in printed
+    assert "recorded 6 steps in runs/small; mean test loss " in printed
+    assert f"next: hydragrad attribute runs/small --task {TASK}" in printed
+    refused = run("train", TASK, "--out", "runs/small", code=1)
+    assert "overwrite" in refused.output
+    assert "6 steps" in run("train", TASK, "--out", "runs/small", "--overwrite").output
+
+
+def test_verify_says_whether_the_replay_is_the_run(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "exact: 6 steps replayed bit for bit" in run("verify", str(trained), "-t", TASK).output
+    failed = hg.Verification(ok=False, exact=False, steps=2, reasons=("step 2 differs",))
+    monkeypatch.setattr("hydragrad.commands.app.verify_run", lambda run: failed)
+    printed = run("verify", str(trained), "-t", TASK, code=1).output
+    assert "failed: the replay is not the recorded run" in printed
+    assert "- step 2 differs" in printed
+
+
+def test_attribute_shows_and_saves_what_the_library_computes(trained: Path, folder: Path) -> None:
+    shown = ("--query", "3", "-q", "0", "--top", "2")
+    printed = run("attribute", str(trained), "--task", TASK, "--out", "new/scores.safetensors", *shown).output
+    saved = hg.Attribution.load("new/scores.safetensors")
+    sys.path.insert(0, str(folder))
+    from hydragrad.tasks.naming import resolve_task
+
+    task = resolve_task(TASK)
+    expected = hg.attribute(task.load(trained), task.test, block=1, compile=False)
+    torch.testing.assert_close(saved.values, expected.values, rtol=1e-4, atol=1e-6)
+    assert printed.index("plan: exact, 10 queries") < printed.index("exact: "), "the plan comes first"
+    assert f"exact: {saved.diagnostics.verdict}" in printed
+    assert "saved 20 x 10 scores: new/scores.safetensors" in printed
+    for query in (3, 0):
+        for title, largest in (("Helped most", True), ("Harmed most", False)):
+            table = printed[printed.index(f"{title}: test example {query}") :]
+            rows = [line.strip("│ ").split("│") for line in table.splitlines() if line.startswith("│")][:2]
+            cells = [[cell.strip() for cell in row] for row in rows]
+            ranked = saved.top(query, 2, largest=largest)
+            labels = [str(int(task.train[row.id][1])) for row in ranked]
+            assert cells == [
+                [str(row.id), f"{row.score:+.4g}", label] for row, label in zip(ranked, labels, strict=True)
+            ]
+
+
+def test_without_a_query_the_whole_test_set_is_shown(trained: Path) -> None:
+    printed = run("attribute", str(trained), "-t", TASK, "-m", "hessian-free", "--no-check", "--out", "s").output
+    mean = hg.Attribution.load("s").values.mean(1)
+    assert "hessian-free: unchecked" in printed
+    table = printed[printed.index("Helped most: the mean over 10 test examples") :]
+    first = next(line for line in table.splitlines() if line.startswith("│"))
+    assert [cell.strip() for cell in first.strip("│").split("│")[:2]] == [
+        str(int(mean.argmax())),
+        f"{float(mean.max()):+.4g}",
+    ]
+
+
+def test_the_memory_budget_is_heeded(trained: Path) -> None:
+    printed = run("attribute", str(trained), "-t", TASK, "--memory", "3").output
+    assert "10 queries" in printed
+    assert run("attribute", str(trained), "-t", TASK, "--memory", "0", code=2).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("verify", "RUN", "--task", "digit"), "MismatchError: no task 'digit'"),
+        (("verify", "RUN", "--task", "small_tasks.py:wider"), "shape of parameter '0.weight' differs"),
+        (("attribute", "RUN", "--task", "small_tasks.py:squared"), "gradient"),
+        (("attribute", "RUN", "--task", "digits"), "parameters are not the recorded ones"),
+        (("attribute", "elsewhere", "--task", TASK), "StoreError: no recorded run in elsewhere"),
+        (("train", "small_tasks.py:eleven", "--out", "x"), "eleven is not a task"),
+    ],
+)
+def test_refusals_are_a_message_and_exit_code_1(trained: Path, arguments: tuple[str, ...], words: str) -> None:
+    result = run(*(str(trained) if word == "RUN" else word for word in arguments), code=1)
+    assert words in result.output
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("attribute", "RUN", "-t", TASK, "--query", "10"), "10 is no test example: 0 to 9"),
+        (("attribute", "RUN", "-t", TASK, "--out", "."), "name a file"),
+        (("attribute", "RUN", "-t", TASK, "--method", "guess"), "gauss-newton"),
+        (("attribute", "RUN"), "--task"),
+        (("train", TASK), "--out"),
+        (("frobnicate",), "frobnicate"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_before_any_work(
+    trained: Path, arguments: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("work began")
+
+    monkeypatch.setattr("hydragrad.commands.app.attribute_run", never)
+    monkeypatch.setattr("hydragrad.commands.app.plan", never)
+    result = run(*(str(trained) if word == "RUN" else word for word in arguments), code=2)
+    assert words in result.output
+
+
+def test_errors_in_the_library_itself_keep_their_traceback(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(run: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("hydragrad.commands.app.verify_run", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        CliRunner().invoke(app, ["verify", str(trained), "-t", TASK], catch_exceptions=False)
+
+
+def test_version_and_help() -> None:
+    assert run("--version").output.strip() == f"hydragrad {hg.__version__}"
+    assert "hydragrad train digits --out runs/digits" in run("--help").output
+    for command in ("demo", "train", "attribute", "verify"):
+        assert f"hydragrad {command}" in run(command, "--help").output, "each help has an example"
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_a_missing_package_is_named_with_its_extra(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [module for module in sys.modules if module.startswith("hydragrad.commands")]:
+        monkeypatch.delitem(sys.modules, name)
+    names = [module for module in sys.modules if module.partition(".")[0] == missing]
+    for name in names:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [_Absent(missing), *sys.meta_path])
+    with pytest.raises(SystemExit, match=rf"needs {missing}.*pip install 'hydragrad\[cli\]'"):
+        main()
+
+
+class _Absent:
+    """An importer that says of one package that it is not installed."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
