@@ -85,6 +85,7 @@ def test_the_command_prints_table_words_and_places(tmp_path: Path, monkeypatch: 
     assert "exact: 2 steps replayed bit for bit" in done.output
     for words in (*METHODS, "leave-one-out", "3 training images (drawn with seed 0)", "precision"):
         assert words in done.output
+    assert "disagrees" not in done.output, "every engine that was tried computes the same"
     assert "the picture: pictures/demo.png" in done.output
     assert Path("pictures/demo.png").is_file()
     assert Path("pictures/scores.safetensors").is_file()

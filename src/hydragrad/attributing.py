@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hydragrad.attribution import Attribution
-from hydragrad.checks import finite_differences, judge
+from hydragrad.checks import derivative_error, finite_differences, judge
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, NonFiniteError, message
 from hydragrad.hypergradient.engines import check_method
@@ -72,13 +72,14 @@ def attribute(
     with kept_random_state():
         plan = plan_sweep(sweep, columns.count, method, rows=scores.height, memory=memory, block=block, compile=compile)
         swept = _sweep(sweep, asked, columns, scores, plan, progress)
-        found, check_began = None, time.perf_counter()
+        found, derivatives, check_began = None, float("nan"), time.perf_counter()
         if check:
+            derivatives = derivative_error(sweep.objective, plan.chosen.point, method)
             total = scores.values.sum(0)
             found = finite_differences(run, asked, columns, total, rows.of, sweep.stop, seed)
     now = time.perf_counter()
     drift = max(swept.drift.values(), default=0.0)
-    verdict, reasons = judge(method, found, swept.growth, drift, DRIFT[sweep.dtype])
+    verdict, reasons = judge(method, found, swept.growth, drift, DRIFT[sweep.dtype], derivatives)
     diagnostics = Diagnostics(
         method=method,
         seconds=now - began,
@@ -86,6 +87,7 @@ def attribute(
         replay_seconds=plan.chosen.replay * sweep.stop,
         drift=drift,
         growth=swept.growth,
+        derivative_error=derivatives,
         plan=str(plan),
         verdict=verdict,
         reasons=reasons,

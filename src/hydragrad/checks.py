@@ -1,14 +1,19 @@
 """Whether scores can be believed: finite differences by really retraining, growth, drift, a verdict in words."""
 
+import copy
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hydragrad.diagnostics import Rung, Verdict
+from hydragrad.hypergradient.costs import probe_block, products
+from hydragrad.hypergradient.engines import reference
 from hydragrad.hypergradient.queries import Columns, Queries
 from hydragrad.run import Run
+from hydragrad.step.objective import Objective, Point, Vectors
 
 LADDER = (0.1, 1.0)
 """Steps h of the weights 1 - h and 1 + h; the top, 1, really removes (and doubles) the examples."""
@@ -16,6 +21,8 @@ FEW = 5
 """Examples reweighted: the size of change that scores are asked about."""
 RELIABLE, DOUBTFUL = 0.5, 0.9
 """Relative errors at the top of the ladder up to which first-order scores are called reliable, doubtful."""
+DERIVATIVES = 1e-3
+"""Relative error of torch's second derivatives above which some operation's derivative is wrong."""
 GROWTH = 1e4
 """Growth of the adjoint above which the run is called chaotic: a change of 1e-4 in a weight fills the measurement."""
 
@@ -78,8 +85,50 @@ def _correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
 
 
+def derivative_error(objective: Objective, point: Point, method: str) -> float:
+    """Relative error of torch's derivatives of this model against finite differences, in float64, on one batch.
+
+    The reference engine's products against differences of first derivatives along one random vector: it finds kernels
+    whose second derivative is wrong, which no comparison of engines can. NaN if the model does not run in float64.
+    """
+    try:
+        double = Objective(objective.problem, copy.deepcopy(objective.module).double(), objective.names)
+        at = pytree.tree_map(_doubled, (point.params, point.rest, point.batch, point.coefficients, point.weights))
+        here = Point(*at)
+        vector = tuple(v / len(v) ** 0.5 for v in (x[0] for x in probe_block(here, 1)))
+        with double.differentiable():
+            curved, terms = products(reference(method, double), here, tuple(v.unsqueeze(0) for v in vector))
+            h = 1e-6
+            ends = [_first_derivatives(double, here, vector, sign * h) for sign in (1, -1)]
+    except (RuntimeError, TypeError, NotImplementedError):
+        return float("nan")
+    pairs = [((ends[0][0] - ends[1][0]) * here.coefficients / (2 * h), terms[0])]
+    if method == "exact" and curved is not None:
+        up, down = (torch.cat([g.flatten() for g in end[1]]) for end in ends)
+        pairs.append(((up - down) / (2 * h), torch.cat([c.flatten() for c in curved])))
+    return max(float((a - b).norm()) / max(float(a.norm()), 1e-30) for a, b in pairs)
+
+
+def _doubled(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _first_derivatives(objective: Objective, point: Point, vector: Vectors, h: float) -> tuple[Tensor, Vectors]:
+    """Losses and gradient of J at w + h v."""
+    with torch.enable_grad():
+        params = tuple((p + h * v).detach().requires_grad_() for p, v in zip(point.params, vector, strict=True))
+        losses = objective.losses(params, point.rest, point.batch)
+        scalar = (point.coefficients * point.weights * losses).sum()
+        return losses.detach(), torch.autograd.grad(scalar, params, materialize_grads=True)
+
+
 def judge(
-    method: str, found: FiniteDifferences | None, growth: float, drift: float, drift_limit: float
+    method: str,
+    found: FiniteDifferences | None,
+    growth: float,
+    drift: float,
+    drift_limit: float,
+    derivatives: float,
 ) -> tuple[Verdict, tuple[str, ...]]:
     """The verdict on first-order scores for this run, with its reasons."""
     reasons: list[str] = []
@@ -98,6 +147,12 @@ def judge(
         )
         if verdict != "reliable":
             reasons.append(_why(method, found))
+    if derivatives > DERIVATIVES:
+        verdict = "meaningless" if verdict == "meaningless" else "doubtful"
+        reasons.append(
+            f"torch's derivatives of this model are off by {derivatives:.1e} from finite differences in float64: "
+            "an operation with a wrong second derivative (a fused kernel, a custom autograd function), or a kink"
+        )
     if growth > GROWTH:
         verdict = "meaningless" if verdict == "meaningless" else "doubtful"
         reasons.append(f"the adjoint grew {growth:.1e} times: the run amplifies small changes (chaotic training)")

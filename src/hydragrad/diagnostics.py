@@ -26,12 +26,13 @@ class Rung:
 class Diagnostics:
     """Cost, drift, growth and the finite-difference check of one attribution.
 
-    ``seconds`` of the whole call; ``check_seconds`` of the finite-difference check in it; ``replay_seconds``: one plain
-    replay of the run, estimated from the steps replayed; ``ratio``: (seconds - check_seconds) / replay_seconds;
-    ``drift``: largest relative difference between the replay and a recorded checkpoint (0: bit for bit); ``growth``:
-    largest ||lam_t|| / ||lam_T|| of any query at any step; ``plan``: what was chosen and why; ``ladder``: the
-    finite-difference check by step size, ``examples`` the ones it reweighted, ``seed`` its seed; ``verdict`` and
-    ``reasons``: whether first-order scores are reliable for this run, in words.
+    ``seconds`` of the whole call; ``check_seconds`` of the checks in it; ``replay_seconds``: one plain replay of the
+    run, estimated from one step; ``ratio``: (seconds - check_seconds) / replay_seconds; ``drift``: largest relative
+    difference between the replay and a recorded checkpoint (0: bit for bit); ``growth``: largest ||lam_t|| / ||lam_T||
+    of any query at any step; ``plan``: what was chosen and why; ``ladder``: finite differences by retraining, step by
+    step, ``examples`` the ones they reweighted, ``seed`` their seed; ``derivative_error``: of torch's derivatives of
+    the model against finite differences on one batch, in float64; ``verdict`` and ``reasons``: whether first-order
+    scores are reliable for this run, in words.
     """
 
     method: str
@@ -46,6 +47,7 @@ class Diagnostics:
     ladder: tuple[Rung, ...] = ()
     examples: tuple[int, ...] = ()
     seed: int = 0
+    derivative_error: float = float("nan")
 
     @property
     def ratio(self) -> float:

@@ -43,7 +43,7 @@ class Sizes:
 @final
 @dataclass(frozen=True)
 class Chosen:
-    """The engine with its block, seconds a query and step, seconds a replayed step, sizes, and why."""
+    """The engine with its block, seconds a query and step, seconds a replayed step, sizes, why, where it was tried."""
 
     engine: Engine | ScaledEngine
     block: int
@@ -51,6 +51,7 @@ class Chosen:
     replay: float
     sizes: Sizes
     reasons: tuple[str, ...]
+    point: Point
 
     @property
     def plain(self) -> Engine:
@@ -70,8 +71,8 @@ def choose(sweep: Sweep, queries: int, method: str, *, block: int | None, compil
     with sweep.objective.differentiable():
         search = _Search(sweep, point, queries, method, block)
         search.run(compile)
-    best = search.best
-    return Chosen(best.engine, best.block, best.per_query, replay, _sizes(sweep, point, method), tuple(search.reasons))
+    best, sizes = search.best, _sizes(sweep, point, method)
+    return Chosen(best.engine, best.block, best.per_query, replay, sizes, tuple(search.reasons), point)
 
 
 @final
@@ -105,13 +106,13 @@ class _Search:
                     plain[engine.name] = (engine, timed.seconds)
         for engine, seconds in sorted(plain.values(), key=lambda pair: pair[1]):
             if self._pays(_TRACING * seconds / first):
-                self._try(_scaled(_eager_to_traced(engine)), first)
+                self._try(_scaled(Traced(engine)), first)
         self._climb(first)
         if plain and self.method != "hessian-free" and compile is not False:
             half = 0.5 * self.steps * self.queries * self.best.per_query
             if compile or half > _COMPILE_SECONDS:
                 engine = min(plain.values(), key=lambda pair: pair[1])[0]
-                self._try(_eager_to_traced(engine, compile=True), self.best.block, forced=bool(compile))
+                self._try(Traced(engine, compile=True), self.best.block, forced=bool(compile))
 
     def _climb(self, first: int) -> None:
         """Other block sizes of the best engine, upwards while that helps, else downwards."""
@@ -157,12 +158,6 @@ class _Search:
         return timed
 
 
-def _eager_to_traced(engine: Engine, *, compile: bool = False) -> Traced:
-    traced = Traced(engine, compile=compile)
-    traced.function.eager_first = 1
-    return traced
-
-
 def _inner(engine: Engine | ScaledEngine) -> Engine | ScaledEngine:
     return engine.engine if isinstance(engine, Direct) else engine
 
@@ -183,7 +178,9 @@ def _first_line(error: Exception) -> str:
 def _probe_point(sweep: Sweep) -> tuple[Point, float]:
     """A point at the last checkpoint before the end, and the seconds of one replayed step there."""
     trajectory = sweep.run.trajectory
-    start = max(t for t in trajectory.checkpoints if t < sweep.stop)
+    starts = [t for t in trajectory.checkpoints if t < sweep.stop]
+    # the latest of those with the largest batch: the last batch of an epoch is not what most steps look like
+    start = max(starts, key=lambda t: (len(trajectory.steps[t].batches[0]), t))
     state, record = trajectory.state(start), trajectory.steps[start]
     replayer = sweep.replayer
 

@@ -53,9 +53,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def probe_block(point: Point, count: int) -> Vectors:
-    """``count`` random unit-scale vectors at a point, the same on every call."""
+    """``count`` random unit-scale vectors at a point, the same on every call; the first do not depend on ``count``."""
     generator = torch.Generator(device="cpu").manual_seed(0)
-    return tuple(torch.randn(count, *p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in point.params)
+    rows = [[torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in point.params] for _ in range(count)]
+    return tuple(
+        torch.stack(parts).to(p.device) for parts, p in zip(zip(*rows, strict=True), point.params, strict=True)
+    )
 
 
 def products(engine: Engine | ScaledEngine, point: Point, gam: Vectors) -> tuple[Vectors | None, Tensor]:

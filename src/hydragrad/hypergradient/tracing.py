@@ -14,7 +14,7 @@ from hydragrad.step.objective import Point, Vectors
 _MOST_GRAPHS = 16
 """Shapes traced per function; beyond these (ragged batches) it runs untraced."""
 _RARE = 3
-"""A shape is traced when it is seen this often: the last batch of an epoch may not be worth it."""
+"""The first form is traced at once, others when seen this often: an epoch's last batch may not be worth it."""
 
 
 @final
@@ -30,7 +30,6 @@ class TracedFunction:
     def __init__(self, function: Callable[..., Any], *, compile: bool = False) -> None:
         self.function = function
         self.compile = compile
-        self.eager_first = _RARE
         self._seen: dict[Any, int] = {}
         self._graphs: dict[Any, tuple[Callable[..., Any], Any]] = {}
 
@@ -39,7 +38,8 @@ class TracedFunction:
         key = (structure, tuple(_kind(leaf) for leaf in leaves))
         if key not in self._graphs:
             self._seen[key] = self._seen.get(key, 0) + 1
-            if self._seen[key] < self.eager_first or len(self._graphs) >= _MOST_GRAPHS:
+            rare = self._graphs and self._seen[key] < _RARE
+            if rare or len(self._graphs) >= _MOST_GRAPHS:
                 return self.function(*inputs)
             self._graphs[key] = self._trace(leaves, structure)
         graph, form = self._graphs[key]
@@ -59,7 +59,8 @@ class TracedFunction:
         graph = make_fx(flat)(*(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)))
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        return torch.compile(graph, dynamic=False) if self.compile else graph, forms[-1]
+        compiled = self.compile and not self._graphs  # only the usual form: compiling takes tens of seconds
+        return torch.compile(graph, dynamic=False) if compiled else graph, forms[-1]
 
 
 @final

@@ -1,0 +1,52 @@
+"""`python -m benchmarks`: measure everything, print the table, write it as JSON."""
+
+import argparse
+import json
+import platform
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks import memory, speed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Costs as ratios to plain training, recording overhead, peak memory.")
+    parser.add_argument("--out", type=Path, default=Path("bench-output/benchmarks.json"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-compile", action="store_true", help="leave the compiled rows out")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"{platform.machine()}, torch {torch.__version__}, {options.threads} threads")
+    print("ratio: seconds per query / seconds of one plain training run; planning and replay counted, checks not")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for row in speed.all_rows(Path(folder), compile=not options.no_compile):
+            rows.append(row)
+            kind = "compiled" if row["compiled"] else ""
+            print(
+                f"{row['workload']:8} {row['method']:13} {row['queries']:4} queries {kind:8} {row['ratio']:7.3f}x  "
+                f"(goal {row['goal']:.2f})  training {row['training_seconds']:.3f} s, "
+                f"compilation {row['compile_seconds']:.0f} s; {row['plan']}",
+                flush=True,
+            )
+        overhead = speed.recording_overhead(Path(folder))
+    if overhead is not None:
+        print(f"recording overhead, LeNet-5: {100 * overhead['overhead']:.1f} % (goal 5 %)", flush=True)
+    peaks = memory.compare()
+    few, many, result = (peaks[key] / 2**20 for key in ("few_bytes", "many_bytes", "result_bytes"))
+    print(
+        f"peak memory above training's: {few:.1f} MiB for N = {peaks['few']}, {many:.1f} MiB for N = {peaks['many']} "
+        f"of which the result {result:.1f} MiB; without it {100 * peaks['excess']:+.1f} % (goal within 5 %)"
+    )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    about = {"torch": torch.__version__, "machine": platform.machine(), "threads": options.threads}
+    options.out.write_text(
+        json.dumps({"about": about, "speed": rows, "recording": overhead, "memory": peaks}, indent=1)
+    )
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Peak memory of attribution above training's, for few and many training examples: it must not grow with N x P.
+
+Each number comes from a process of its own: `python -m benchmarks.memory N` trains, attributes 64 queries, and prints
+by how much the peak of resident memory rose between the two.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.utils.data import TensorDataset
+
+import hydragrad as hg
+from benchmarks.workloads import LeNet5, loss
+
+STEPS, BATCH, QUERIES = 200, 64, 64
+
+
+def peak() -> int:
+    """Bytes of resident memory at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def risen(examples: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    data = TensorDataset(torch.rand(examples, 1, 28, 28), torch.randint(0, 10, (examples,)))
+    queries = TensorDataset(torch.rand(QUERIES, 1, 28, 28), torch.randint(0, 10, (QUERIES,)))
+    ids = [torch.randint(0, examples, (BATCH,)).tolist() for _ in range(STEPS)]
+    model = LeNet5()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    with tempfile.TemporaryDirectory() as folder:
+        with hg.record(Path(folder) / "run", model, optimizer, reduction="mean") as recording:
+            for batch in recording.batches(([t[i] for t in data.tensors] for i in ids), indices=ids):
+                optimizer.zero_grad()
+                loss(model, batch).mean().backward()
+                optimizer.step()
+        run = hg.load(Path(folder) / "run", model=model, loss=loss, data=data)
+        before = peak()
+        scores = hg.attribute(run, queries, method="exact", block=16, check=False, progress=False)
+        return {"examples": examples, "risen": peak() - before, "result": scores.values.nbytes}
+
+
+def compare(few: int = 2_000, many: int = 60_000) -> dict[str, float]:
+    """Rises for few and many examples, in processes of their own."""
+    found = []
+    for examples in (few, many):
+        command = [sys.executable, "-m", "benchmarks.memory", str(examples)]
+        found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    a, b = found
+    return {
+        "few": few,
+        "many": many,
+        "few_bytes": a["risen"],
+        "many_bytes": b["risen"],
+        "result_bytes": b["result"],
+        "excess": (b["risen"] - b["result"]) / (a["risen"] - a["result"]) - 1,
+        "goal": 0.05,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(risen(int(sys.argv[1]))))

@@ -1,0 +1,126 @@
+"""Cost of attribution per query, in units of one plain training run of the same loop, measured in the same process."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+
+import hydragrad as hg
+from benchmarks.workloads import Workload, digits, fashion, loss
+
+METHODS = ("exact", "gauss-newton", "hessian-free")
+# Goals for (workload, number of queries, compiled): ratio per query by method. One query alone rises by 1.0 where the
+# steps are replayed rather than kept, and they are.
+GOALS = {
+    ("digits", 360, False): (0.2, 0.13, 0.05),
+    ("digits", 360, True): (0.1, 0.07, 0.05),
+    ("digits", 1, False): (3.2 + 1, 3.0 + 1, 1.3 + 1),
+    ("fashion", 64, False): (0.75, 0.45, 0.05),
+    ("fashion", 1, False): (2.5 + 1, 1.6 + 1, 1.2 + 1),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. ``ratio``: seconds / queries / training seconds, planning and replay counted."""
+
+    workload: str
+    method: str
+    queries: int
+    compiled: bool
+    ratio: float
+    goal: float
+    seconds: float
+    training_seconds: float
+    compile_seconds: float
+    plan: str
+
+
+def clock(work: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.perf_counter()
+    result = work()
+    return time.perf_counter() - began, result
+
+
+def measure(workload: Workload, run: hg.Run, queries: int, compiled: bool, repeats: int = 3) -> Iterator[Row]:
+    collated = workload.collated()
+    workload.plain(collated)
+    asked = Subset(workload.test, range(queries))
+    for position, method in enumerate(METHODS):
+        if compiled and method == "hessian-free":
+            continue
+        first, _ = clock(lambda m=method: attribute(run, asked, m, compiled)) if compiled else (0.0, None)
+        training, attributing, last = [], [], None
+        for _ in range(repeats):  # in turns, so that both meet the machine in the same state
+            training.append(clock(lambda: workload.plain(collated))[0])
+            seconds, last = clock(lambda m=method: attribute(run, asked, m, compiled))
+            attributing.append(seconds)
+            training.append(clock(lambda: workload.plain(collated))[0])
+        assert last is not None
+        unit, seconds = statistics.median(training), statistics.median(attributing)
+        yield Row(
+            workload.name,
+            method,
+            queries,
+            compiled,
+            seconds / queries / unit,
+            GOALS[workload.name, queries, compiled][position],
+            seconds,
+            unit,
+            max(first - seconds, 0.0),
+            last.diagnostics.plan,
+        )
+
+
+def attribute(run: hg.Run, asked: Any, method: str, compiled: bool) -> hg.Attribution:
+    return hg.attribute(run, asked, method=method, compile=compiled, check=False, progress=False)
+
+
+def recording_overhead(folder: Path, epochs: int = 12) -> dict[str, float] | None:
+    """LeNet-5 with an ordinary DataLoader, epochs with and without recording in turns: median seconds an epoch."""
+    workload = fashion(2000, 1)
+    if workload is None:
+        return None
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(epochs):
+        for recorded in (bool(turn % 2), not turn % 2):
+            model = workload.model()
+            optimizer = workload.optimizer(model)
+            loader = DataLoader(workload.train, batch_size=64, shuffle=True)
+            if recorded:
+                with hg.record(folder / f"{turn}", model, optimizer, reduction="mean") as recording:
+                    _epoch(model, optimizer, recording.batches(loader))  # the first checkpoint is made here
+                    seconds[True].append(clock(lambda: _epoch(model, optimizer, recording.batches(loader)))[0])  # noqa: B023
+            else:
+                _epoch(model, optimizer, loader)
+                seconds[False].append(clock(lambda: _epoch(model, optimizer, loader))[0])  # noqa: B023
+    plain, recorded = (statistics.median(seconds[key]) for key in (False, True))
+    return {"plain_seconds": plain, "recorded_seconds": recorded, "overhead": recorded / plain - 1, "goal": 0.05}
+
+
+def _epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Any) -> None:
+    for batch in batches:
+        optimizer.zero_grad()
+        loss(model, batch).mean().backward()
+        optimizer.step()
+
+
+def all_rows(folder: Path, *, compile: bool = True) -> Iterator[dict[str, Any]]:
+    """Every row of the table, as they come."""
+    work = digits()
+    run = work.recorded(folder / "digits")
+    for queries, compiled in ((360, False), (360, True), (1, False)):
+        if compile or not compiled:
+            yield from map(asdict, measure(work, run, queries, compiled))
+    fashioned = fashion()
+    if fashioned is None:
+        print("Fashion-MNIST is not here (set HYDRAGRAD_DATA to the folder of fashion_mnist.npz): rows left out")
+        return
+    run = fashioned.recorded(folder / "fashion")
+    for queries in (64, 1):
+        yield from map(asdict, measure(fashioned, run, queries, False))

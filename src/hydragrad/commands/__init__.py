@@ -1,0 +1,1 @@
+"""The command line: demo, train, attribute, verify (needs typer and rich)."""

@@ -1,0 +1,206 @@
+"""The commands, their options and their help."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import hydragrad
+from hydragrad.attributing import attribute as attribute_run
+from hydragrad.attribution import Attribution
+from hydragrad.commands.console import Refusing, console, interactive, say
+from hydragrad.planning import plan
+from hydragrad.report.retraining import losses_at
+from hydragrad.report.tables import ranking_table
+from hydragrad.run import Run
+from hydragrad.tasks.naming import resolve_task
+from hydragrad.tasks.task import Task
+from hydragrad.tasks.training import train as train_task
+from hydragrad.verification import verify as verify_run
+
+app = typer.Typer(
+    cls=Refusing,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a bug shows Python's own traceback
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+TASK = (
+    "What was trained: a ready task (digits, digits-flipped), module:object, or path/to/file.py:object, where the "
+    "object is a hydragrad.Task or a function without arguments that returns one."
+)
+TaskName = Annotated[str, typer.Argument(help=TASK, show_default=False)]
+TaskOption = Annotated[str, typer.Option("--task", "-t", help=TASK, show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(help="The folder of the recorded run.", show_default=False)]
+
+
+class Method(StrEnum):
+    """The methods by their names on the command line."""
+
+    exact = "exact"
+    gauss_newton = "gauss-newton"
+    hessian_free = "hessian-free"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(f"hydragrad {hydragrad.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def hydragrad_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Which training examples made the model do this, and by how much would the answer change without them?
+
+    [bold]Start here:[/bold]   hydragrad demo
+
+    [bold]Then, on a task:[/bold]
+
+        hydragrad train digits --out runs/digits
+        hydragrad verify runs/digits --task digits
+        hydragrad attribute runs/digits --task digits --query 3 --top 10
+
+    A training loop of your own is recorded from Python: see hydragrad.record.
+    """
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture, the run and the scores.")] = Path(
+        "demo-output"
+    ),
+    train_size: Annotated[int, typer.Option(hidden=True)] = 1437,
+    test_size: Annotated[int, typer.Option(hidden=True)] = 360,
+    epochs: Annotated[int, typer.Option(hidden=True)] = 15,
+    removed: Annotated[int, typer.Option(hidden=True)] = 20,
+) -> None:
+    """See it work: digits with wrong labels, three methods, real retraining, a picture. About a minute.
+
+    Trains a small network on handwritten digits of which a tenth have a wrong label, attributes all test images by
+    all three methods, checks the scores against really training without some examples, and draws the training images
+    behind a mistake.
+
+        hydragrad demo
+        hydragrad demo --out demo-output
+    """
+    from hydragrad.commands.demo import run_demo
+    from hydragrad.tasks.digits import digits
+
+    task = digits(flipped=0.1, train_size=train_size, test_size=test_size, epochs=epochs)
+    run_demo(out, task, removed=removed)
+
+
+@app.command()
+def train(
+    task: TaskName,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the recorded run.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there already.")] = False,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between stored states.")] = 100,
+) -> None:
+    """Train a task by an ordinary loop and record the run.
+
+        hydragrad train digits --out runs/digits
+        hydragrad train my_tasks.py:small --out runs/small --overwrite
+
+    A task is a few lines of Python (in my_tasks.py):
+
+        small = hydragrad.Task("small", model=make_model, loss=loss, train=train_set, test=test_set,
+                               optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+    """
+    chosen = resolve_task(task)
+    say(f"{chosen}: {chosen.epochs} epochs in batches of {chosen.batch_size}, seed {chosen.seed}")
+    run = train_task(chosen, out, overwrite=overwrite, checkpoint_every=checkpoint_every, progress=interactive())
+    test_loss = float(losses_at(run, run.trajectory.state(run.num_steps), chosen.test).mean())
+    say(
+        f"recorded {run.num_steps} steps in {out}; mean test loss {test_loss:.4f}",
+        f"next: hydragrad attribute {out} --task {task}",
+    )
+
+
+@app.command()
+def verify(run: RunFolder, task: TaskOption) -> None:
+    """Replay a recorded run and say whether it comes out as recorded, bit for bit. Exit code 1 if it does not.
+
+    hydragrad verify runs/digits --task digits
+    """
+    found = verify_run(resolve_task(task).load(run))
+    say(str(found))
+    raise typer.Exit(0 if found else 1)
+
+
+@app.command()
+def attribute(
+    run: RunFolder,
+    task: TaskOption,
+    method: Annotated[
+        Method,
+        typer.Option(
+            "--method", "-m", help="exact: the true derivative of the run; the others approximate its curvature."
+        ),
+    ] = Method.exact,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File for the scores (safetensors).", show_default=False)
+    ] = None,
+    query: Annotated[
+        list[int] | None,
+        typer.Option("--query", "-q", help="Test example to show; repeatable. Without it: the whole test set."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many training examples to show.")] = 10,
+    memory: Annotated[
+        int | None, typer.Option(min=1, help="Budget in MiB above training's. Default: half of what is free.")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Check the scores against retraining: four replays.")] = True,
+) -> None:
+    """Score every training example for every test example of a task, and show the most helpful and harmful.
+
+    A score is how much the loss on a test example would rise without the training example. Positive: it helped.
+    Negative: it did harm. The verdict says whether scores of this run can be believed.
+
+        hydragrad attribute runs/digits --task digits --query 3 --top 10
+        hydragrad attribute runs/digits --task digits --method gauss-newton --out scores.safetensors
+
+    Read saved scores in Python: hydragrad.Attribution.load("scores.safetensors").
+    """
+    chosen = resolve_task(task)
+    _check_places(chosen, query or [], out)
+    bound = chosen.load(run)
+    budget = None if memory is None else memory * 2**20
+    say(f"plan: {plan(bound, len(chosen.test), method.value, memory=budget)}")
+    scores = attribute_run(bound, chosen.test, method=method.value, memory=budget, check=check, progress=interactive())
+    say("", str(scores.diagnostics), "")
+    _show(scores, chosen, bound, query or [], top)
+    if out is not None:
+        say(f"saved {' x '.join(map(str, scores.values.shape))} scores: {scores.save(out)}")
+
+
+def _check_places(task: Task, queries: list[int], out: Path | None) -> None:
+    """Before anything long: what could not be shown or saved afterwards."""
+    for query in queries:
+        if not 0 <= query < len(task.test):
+            raise typer.BadParameter(f"{query} is no test example: 0 to {len(task.test) - 1}", param_hint="--query")
+    if out is not None and out.is_dir():
+        raise typer.BadParameter(f"{out} is a folder; name a file", param_hint="--out")
+
+
+def _show(scores: Attribution, task: Task, run: Run, queries: list[int], top: int) -> None:
+    views = [(f"test example {query}", scores, query) for query in queries]
+    if not queries:
+        whole = Attribution(
+            scores.values.mean(1, keepdim=True),
+            scores.train_ids,
+            scores.query_ids[:1],
+            scores.method,
+            scores.diagnostics,
+        )
+        views = [(f"the mean over {len(task.test)} test examples", whole, 0)]
+    for words, view, query in views:
+        for title, largest in (("Helped most", True), ("Harmed most", False)):
+            say(f"{title}: {words}")
+            console.print(ranking_table(view.top(query, top, largest=largest), run.problem.data, task.true_labels))

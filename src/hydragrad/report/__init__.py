@@ -1,0 +1,1 @@
+"""What people look at: measures of an answer's quality, tables, pictures."""

@@ -1,0 +1,88 @@
+"""An ordinary training loop, recorded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from hydragrad.errors import MismatchError, message
+from hydragrad.problem import Problem, Reduction
+from hydragrad.run import Run, kept_random_state
+from hydragrad.tasks.task import Task
+from hydragrad.trajectory.batches import to_device
+from hydragrad.trajectory.recording import record
+
+
+def train(
+    task: Task,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    checkpoint_every: int = 100,
+    progress: bool = False,
+) -> Run:
+    """Train ``task`` by an ordinary loop, recorded into the folder ``path``, and load the recorded run.
+
+    The same task gives the same run, bit for bit, on the same machine; torch's random state stays as it was.
+    ``checkpoint_every``: steps between stored states; ``progress``: show a bar. Raises StoreError if ``path`` holds a
+    run (unless ``overwrite``).
+
+    Example: ``run = hydragrad.train(task, "runs/digits")``.
+    """
+    if not isinstance(task, Task):
+        raise MismatchError(message("there is no task to train", expected="a hydragrad.Task", got=repr(task)[:80]))
+    with kept_random_state():
+        torch.manual_seed(task.seed)
+        model = task.model()
+        optimizer = task.optimizer(model)
+        _loop(task, Path(path), model, optimizer, overwrite, checkpoint_every, progress)
+    return task.load(path)
+
+
+def loader_of(task: Task) -> DataLoader[Any]:
+    """The shuffled loader of a task's training data, the same order at every call."""
+    return DataLoader(
+        task.train,
+        batch_size=task.batch_size,
+        shuffle=True,
+        collate_fn=task.collate_fn,
+        generator=torch.Generator().manual_seed(task.seed),
+    )
+
+
+def _loop(
+    task: Task,
+    path: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    overwrite: bool,
+    checkpoint_every: int,
+    progress: bool,
+) -> None:
+    scheduler = task.scheduler(optimizer) if task.scheduler else None
+    reduction, loader = Reduction(task.reduction), loader_of(task)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    model.train()
+    recording = record(
+        path,
+        model,
+        optimizer,
+        reduction=reduction.name,
+        checkpoint_every=checkpoint_every,
+        overwrite=overwrite,
+    )
+    bar = tqdm(total=task.epochs * len(loader), desc="training", unit="step", delay=2, disable=not progress)
+    with bar, recording:
+        for _ in range(task.epochs):
+            for place, batch in enumerate(recording.batches(loader)):
+                examples = min(task.batch_size, len(task.train) - place * task.batch_size)
+                batch = to_device(batch, device)
+                optimizer.zero_grad()
+                losses = Problem.checked(task.loss(model, batch), examples)
+                reduction.scalar(batch, losses, None).backward()
+                optimizer.step()
+                bar.update()
+            if scheduler:
+                scheduler.step()

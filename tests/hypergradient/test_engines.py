@@ -1,0 +1,211 @@
+"""Engines: every one of a method computes the same numbers, at every block size, traced or not."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hydragrad as hg
+from hydragrad.hypergradient import exact, gauss_newton, hessian_free
+from hydragrad.hypergradient.choosing import choose
+from hydragrad.hypergradient.costs import agree, probe_block, products
+from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.engines import candidates
+from hydragrad.hypergradient.points import points_of
+from hydragrad.hypergradient.reverse import blocks
+from hydragrad.hypergradient.scaled import Direct, PerExampleGradients
+from hydragrad.hypergradient.sweeping import Sweep
+from hydragrad.hypergradient.tracing import Traced, TracedFunction
+from hydragrad.step.objective import Objective, Point, Vectors
+from hydragrad.trajectory.moments import forwards
+from tests.hypergradient.recorded import recipe_of, recorded
+from tests.tolerances import ORACLE, SAME, assert_close
+from tests.zoo import case
+
+EXACT = [exact.ForwardOverReverse, exact.ReverseOverReverse, exact.ReverseOverForward, exact.DoubleBackward]
+GAUSS_NEWTON = [gauss_newton.JvpThenVjp, gauss_newton.DoubleVjp]
+HESSIAN_FREE = [hessian_free.Jvp, hessian_free.DoubleVjp]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return Sweep.of(recorded(recipe_of(case("mlp_tanh")), tmp_path_factory.mktemp("engines") / "run"))
+
+
+@pytest.fixture(scope="module")
+def point(sweep):
+    moment = list(forwards(sweep.replayer, sweep.run.trajectory, 4))[-1]  # its batch holds an example twice
+    point = next(points_of(moment, sweep.objective))[2]
+    return Point(point.params, point.rest, point.batch, point.coefficients, torch.rand_like(point.weights) + 0.5)
+
+
+def dense(objective: Objective, point: Point, method: str, gam: Vectors) -> tuple[Tensor, Tensor]:
+    """C gam flattened [K, P] and the terms [K, b], from explicit matrices."""
+    sizes = [p.numel() for p in point.params]
+
+    def losses(flat: Tensor) -> Tensor:
+        parts = [x.view(p.shape) for x, p in zip(flat.split(sizes), point.params, strict=True)]
+        return objective.losses(tuple(parts), point.rest, point.batch)
+
+    def outputs(flat: Tensor) -> Tensor:
+        parts = [x.view(p.shape) for x, p in zip(flat.split(sizes), point.params, strict=True)]
+        return torch.func.functional_call(
+            objective.module, dict(zip(objective.names, parts, strict=True)), point.batch[0]
+        )
+
+    w = torch.cat([p.flatten() for p in point.params])
+    vectors = torch.cat([g.flatten(1) for g in gam], dim=1)
+    scale = point.coefficients * point.weights
+    jacobian = torch.autograd.functional.jacobian(losses, w)
+    terms = vectors @ (point.coefficients[:, None] * jacobian).T
+    if method == "exact":
+        return vectors @ torch.autograd.functional.hessian(lambda x: (scale * losses(x)).sum(), w), terms
+    out = outputs(w)
+    j = torch.autograd.functional.jacobian(outputs, w).flatten(0, 1)
+    h = torch.autograd.functional.hessian(
+        lambda y: (scale * nn.functional.cross_entropy(y.view(out.shape), point.batch[1], reduction="none")).sum(),
+        out.flatten(),
+    )
+    return vectors @ (j.T @ h @ j), terms
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", [*EXACT, *GAUSS_NEWTON])
+def test_products_are_those_of_dense_matrices(kind, count, traced, sweep, point):
+    if traced and not kind.batched:
+        pytest.skip("plain autograd is not traced")
+    engine: Engine = kind(sweep.objective)
+    gam = probe_block(point, count)
+    curved, terms = dense(sweep.objective, point, engine.method, gam)
+    found = (Traced(engine) if traced else engine).products(point, gam)
+    assert found[0] is not None
+    assert_close(torch.cat([x.flatten(1) for x in found[0]], dim=1), curved, ORACLE)
+    assert_close(found[1], terms, ORACLE)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", [*HESSIAN_FREE, PerExampleGradients])
+def test_terms_are_those_of_dense_matrices(kind, count, sweep, point):
+    engine = kind(sweep.objective)
+    gam = probe_block(point, count)
+    scale = tuple(torch.rand_like(p) for p in point.params)
+    _, terms = dense(sweep.objective, point, "exact", tuple(s * g for s, g in zip(scale, gam, strict=True)))
+    scaled = engine if isinstance(engine, PerExampleGradients) else Direct(engine)
+    for _ in range(4):  # untraced, traced, and from the gradients kept for the point
+        assert_close(scaled.terms(point, scale, gam), terms, ORACLE)
+
+
+@pytest.mark.parametrize("name", ["convnet", "embedding", "layernorm", "attention", "lstm", "token_loss", "tied"])
+@pytest.mark.parametrize("method", ["exact", "gauss-newton", "hessian-free"])
+def test_a_traced_graph_serves_other_batches(name, method, tmp_path):
+    sweep = Sweep.of(recorded(recipe_of(case(name)), tmp_path / "run"))
+    engine = candidates(method, sweep.objective)[0]
+    traced = Traced(engine)
+    with sweep.objective.differentiable():
+        for moment in forwards(sweep.replayer, sweep.run.trajectory, 5):  # one shape, other values at every step
+            point = next(points_of(moment, sweep.objective))[2]
+            gam = tuple(torch.randn(2, *p.shape, dtype=p.dtype) for p in point.params)
+            for a, b in zip(
+                *(torch.utils._pytree.tree_leaves(e.products(point, gam)) for e in (traced, engine)), strict=True
+            ):
+                assert_close(a, b, SAME)
+    assert len(traced.function._graphs) == 1
+
+
+def test_what_python_reads_out_of_tensors_is_not_traced():
+    def depends(x: Tensor) -> Tensor:
+        return x * 2 if float(x.sum()) > 0 else x * 3
+
+    with pytest.raises(RuntimeError, match="(?i)trac|data-dependent"):
+        TracedFunction(depends)(torch.ones(2))
+
+
+def test_rare_forms_run_untraced():
+    calls = []
+
+    def double(x: Tensor) -> Tensor:
+        calls.append(x.shape)
+        return 2 * x
+
+    function = TracedFunction(double)
+    function(torch.ones(4))  # the first form is traced at once: one call
+    function(torch.ones(4))
+    assert len(calls) == 1
+    for turn in range(4):
+        assert torch.equal(function(torch.full((3,), float(turn))), torch.full((3,), 2.0 * turn))
+    assert len(calls) == 1 + 2 + 1  # twice untraced, once to trace, then the graph
+
+
+class Wrong(Engine):
+    """Exact but for a factor."""
+
+    name, method = "wrong", "exact"
+
+    def products(self, point: Point, gam: Vectors) -> tuple[Vectors | None, Tensor]:
+        curved, terms = exact.ForwardOverReverse(self.objective).products(point, gam)
+        assert curved is not None
+        return tuple(1.01 * c for c in curved), terms
+
+
+def test_an_engine_that_disagrees_is_not_used(sweep, monkeypatch):
+    monkeypatch.setattr("hydragrad.hypergradient.choosing.candidates", lambda method, objective: (Wrong(objective),))
+    monkeypatch.setattr("hydragrad.hypergradient.choosing._SHARE", 1e9)
+    chosen = choose(sweep, 4, "exact", block=None, compile=False)
+    assert isinstance(chosen.engine, exact.DoubleBackward)
+    assert any("disagrees" in reason for reason in chosen.reasons)
+
+
+def test_agreement_is_about_rounding(sweep, point):
+    gam = probe_block(point, 2)
+    truth = products(exact.DoubleBackward(sweep.objective), point, gam)
+    assert agree(products(exact.ReverseOverReverse(sweep.objective), point, gam), truth)
+    assert not agree(products(Wrong(sweep.objective), point, gam), truth)
+
+
+class Coupled(nn.Module):
+    """Subtracts the batch's mean: an example's loss depends on the rest of its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y - y.mean(0)
+
+
+def test_batch_coupled_models_are_exact_and_never_use_per_example_gradients(tmp_path, monkeypatch):
+    monkeypatch.setattr("hydragrad.hypergradient.choosing._SHARE", 1e9)
+    plain = case("mlp_tanh")
+    recipe = recipe_of(plain)
+    recipe = type(recipe)(
+        Coupled().double(), *list(vars(recipe).values())[1:5], [(["layer.weight", "layer.bias"], {"lr": 0.1})]
+    )
+    run = recorded(recipe, tmp_path / "run")
+    scores = hg.attribute(run, plain.queries, method="hessian-free", check=False)
+    assert "per-example" not in scores.diagnostics.plan.split(";")[0]
+    assert "disagrees" in scores.diagnostics.plan
+
+
+@pytest.mark.parametrize(("queries", "block"), [(1, 1), (7, 3), (6, 3), (5, 8), (360, 64)])
+def test_blocks_cover_every_query_once(queries, block):
+    seen, widths = [], set()
+    for chosen, skip in blocks(queries, block):
+        widths.add(chosen.stop - chosen.start)
+        seen += range(chosen.start + skip, chosen.stop)
+    assert seen == list(range(queries))
+    assert len(widths) == 1
+
+
+def test_a_loss_beside_the_outputs_has_no_gauss_newton_form(sweep, point):
+    def regularised(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none") + next(model.parameters()).sum()
+
+    problem = type(sweep.objective.problem)(**{**vars(sweep.objective.problem), "loss": regularised})
+    objective = Objective(problem, copy.deepcopy(sweep.objective.module), sweep.objective.names)
+    with pytest.raises(hg.UnsupportedError, match="Gauss-Newton"):
+        objective.check_split(point)
+    sweep.objective.check_split(point)

@@ -1,0 +1,1 @@
+"""Tests of the ready-made tasks and of finding a task by its name."""
