@@ -13,6 +13,7 @@ from hydragrad.checks import derivative_error, finite_differences, judge
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, NonFiniteError, message
 from hydragrad.hypergradient.engines import check_method
+from hydragrad.hypergradient.pages import kept_pages
 from hydragrad.hypergradient.queries import Columns, Queries, group_numbers
 from hydragrad.hypergradient.reverse import Adjoint, hessian_free_sweep, reverse_sweep, start
 from hydragrad.hypergradient.scaled import ScaledEngine
@@ -69,10 +70,10 @@ def attribute(
     )
     rows = Rows.make(run, groups, train)
     scores = _Scores(run, sweep.stop, rows, columns.count, by_epoch, sweep.dtype)
-    with kept_random_state():
+    with kept_random_state(), kept_pages():
         plan = plan_sweep(sweep, columns.count, method, rows=scores.height, memory=memory, block=block, compile=compile)
         swept = _sweep(sweep, asked, columns, scores, plan, progress)
-        found, derivatives, check_began = None, float("nan"), time.perf_counter()
+        found, derivatives, check_began = None, None, time.perf_counter()
         if check:
             derivatives = derivative_error(sweep.objective, plan.chosen.point, method)
             total = scores.values.sum(0)

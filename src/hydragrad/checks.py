@@ -85,11 +85,11 @@ def _correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
 
 
-def derivative_error(objective: Objective, point: Point, method: str) -> float:
+def derivative_error(objective: Objective, point: Point, method: str) -> float | None:
     """Relative error of torch's derivatives of this model against finite differences, in float64, on one batch.
 
     The reference engine's products against differences of first derivatives along one random vector: it finds kernels
-    whose second derivative is wrong, which no comparison of engines can. NaN if the model does not run in float64.
+    whose second derivative is wrong, which no comparison of engines can. None if the model does not run in float64.
     """
     try:
         double = Objective(objective.problem, copy.deepcopy(objective.module).double(), objective.names)
@@ -101,7 +101,7 @@ def derivative_error(objective: Objective, point: Point, method: str) -> float:
             h = 1e-6
             ends = [_first_derivatives(double, here, vector, sign * h) for sign in (1, -1)]
     except (RuntimeError, TypeError, NotImplementedError):
-        return float("nan")
+        return None
     pairs = [((ends[0][0] - ends[1][0]) * here.coefficients / (2 * h), terms[0])]
     if method == "exact" and curved is not None:
         up, down = (torch.cat([g.flatten() for g in end[1]]) for end in ends)
@@ -128,7 +128,7 @@ def judge(
     growth: float,
     drift: float,
     drift_limit: float,
-    derivatives: float,
+    derivatives: float | None,
 ) -> tuple[Verdict, tuple[str, ...]]:
     """The verdict on first-order scores for this run, with its reasons."""
     reasons: list[str] = []
@@ -137,17 +137,17 @@ def judge(
         top = found.ladder[-1]
         verdict = "reliable" if top.error <= RELIABLE else "doubtful" if top.error <= DOUBTFUL else "meaningless"
         words = {
-            "reliable": "the scores predicted it",
-            "doubtful": "the scores predicted it only roughly",
-            "meaningless": "the scores did not predict it",
+            "reliable": "as the scores predicted",
+            "doubtful": "as the scores predicted only roughly",
+            "meaningless": "otherwise than the scores predicted",
         }[verdict]
         reasons.append(
-            f"really removing {len(found.examples)} examples changed the queries by what {words} "
+            f"really removing {len(found.examples)} examples changed the queries {words} "
             f"(relative error {top.error:.2f}, limits {RELIABLE} and {DOUBTFUL})"
         )
         if verdict != "reliable":
             reasons.append(_why(method, found))
-    if derivatives > DERIVATIVES:
+    if derivatives is not None and derivatives > DERIVATIVES:
         verdict = "meaningless" if verdict == "meaningless" else "doubtful"
         reasons.append(
             f"torch's derivatives of this model are off by {derivatives:.1e} from finite differences in float64: "

@@ -31,8 +31,8 @@ class Diagnostics:
     difference between the replay and a recorded checkpoint (0: bit for bit); ``growth``: largest ||lam_t|| / ||lam_T||
     of any query at any step; ``plan``: what was chosen and why; ``ladder``: finite differences by retraining, step by
     step, ``examples`` the ones they reweighted, ``seed`` their seed; ``derivative_error``: of torch's derivatives of
-    the model against finite differences on one batch, in float64; ``verdict`` and ``reasons``: whether first-order
-    scores are reliable for this run, in words.
+    the model against finite differences on one batch, in float64 (None: not checked, or the model does not run so);
+    ``verdict`` and ``reasons``: whether first-order scores are reliable for this run, in words.
     """
 
     method: str
@@ -47,7 +47,7 @@ class Diagnostics:
     ladder: tuple[Rung, ...] = ()
     examples: tuple[int, ...] = ()
     seed: int = 0
-    derivative_error: float = float("nan")
+    derivative_error: float | None = None
 
     @property
     def ratio(self) -> float:

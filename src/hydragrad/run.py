@@ -58,6 +58,8 @@ class Run:
 
     def __init__(self, problem: Problem, trajectory: Trajectory) -> None:
         self.problem, self.trajectory = problem, trajectory
+        self.memo: dict[Any, Any] = {}
+        """What sweeps keep from one call to the next: traced and compiled graphs. Never results."""
 
     @property
     def steps(self) -> Sequence[StepRecord]:

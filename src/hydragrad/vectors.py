@@ -16,6 +16,7 @@ from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, NonFiniteError, StoreError, UnsupportedError, message
 from hydragrad.hypergradient.engines import check_method
 from hydragrad.hypergradient.forward import Tangents, forward_sweep
+from hydragrad.hypergradient.pages import kept_pages
 from hydragrad.hypergradient.queries import Columns, Queries
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.planning import Plan, plan_sweep
@@ -140,7 +141,7 @@ def hypergradients(
             )
         )
     sweep = Sweep.of(run, step)
-    with kept_random_state():
+    with kept_random_state(), kept_pages():
         plan = plan_sweep(sweep, len(ids), method, rows=1, memory=memory, block=block, compile=compile)
         size = sum(math.prod(run.trajectory.manifest.params[name]["shape"]) for name in sweep.objective.names)
         vectors = _allocate(path, (len(ids), size), sweep.dtype, plan)

@@ -2,8 +2,9 @@
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
 import torch
 
@@ -21,9 +22,9 @@ from hydragrad.trajectory.state import State
 _SHARE = 0.15
 """Part of the predicted time that measuring may take."""
 _BLOCKS = (1, 4, 16, 64, 128)
-_START = 16
-_TRACING = 60
-"""Tracing costs about this many runs of what is traced."""
+_START, _WIDEST = 16, 512
+_TRACING, _TRACING_SHARE = 40, 0.35
+"""Tracing costs about this many runs of what is traced, and is worth up to this part of the predicted time."""
 _COMPILE_SECONDS = 40.0
 """What torch.compile is expected to cost; it is tried where half of the predicted time is more than that."""
 
@@ -83,6 +84,7 @@ class _Search:
         self.objective, self.point, self.queries, self.method = sweep.objective, point, queries, method
         self.device = sweep.replayer.device
         self.steps = sweep.stop
+        self.memo: dict[Any, Any] = sweep.run.memo
         self.fixed = min(block, queries) if block else None
         self.reasons: list[str] = []
         self.began = time.perf_counter()
@@ -96,27 +98,39 @@ class _Search:
     def run(self, compile: bool | None) -> None:
         """Engines as they are, at one size; then the best of them traced, at several; then compiled."""
         first = self.fixed or self._balanced(_START)
-        plain: dict[str, tuple[Engine, float]] = {}
-        if self.method == "hessian-free":
-            self._try(PerExampleGradients(self.objective), first)
+        plain: list[tuple[float, Engine]] = []
+        if self.method == "hessian-free" and self._pays(5 * self.best.per_query):
+            engine = self._kept("per-example", lambda: PerExampleGradients(self.objective))
+            self._try(engine, self.fixed or self._balanced(_WIDEST))
         for engine in candidates(self.method, self.objective):
-            if self._pays(3 * self.best.per_query):
+            if self._pays(20 * self.best.per_query):
                 timed = self._try(_scaled(engine), first)
                 if timed is not None:
-                    plain[engine.name] = (engine, timed.seconds)
-        for engine, seconds in sorted(plain.values(), key=lambda pair: pair[1]):
-            if self._pays(_TRACING * seconds / first):
-                self._try(_scaled(Traced(engine)), first)
+                    plain.append((timed.seconds, engine))
+        plain.sort(key=lambda pair: pair[0])
+        for seconds, engine in plain:
+            if ("traced", engine.name) in self.memo or self._pays(_TRACING * seconds, _TRACING_SHARE):
+                self._try(_scaled(self._traced(engine)), first)
         self._climb(first)
         if plain and self.method != "hessian-free" and compile is not False:
+            engine = plain[0][1]
             half = 0.5 * self.steps * self.queries * self.best.per_query
-            if compile or half > _COMPILE_SECONDS:
-                engine = min(plain.values(), key=lambda pair: pair[1])[0]
-                self._try(Traced(engine, compile=True), self.best.block, forced=bool(compile))
+            if compile or half > _COMPILE_SECONDS or ("compiled", engine.name) in self.memo:
+                self._try(self._traced(engine, compile=True), self.best.block, forced=bool(compile))
+
+    def _kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        """An object whose graphs serve later calls on the same run."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+    def _traced(self, engine: Engine, *, compile: bool = False) -> Traced:
+        key = ("compiled" if compile else "traced", engine.name)
+        return self._kept(key, lambda: Traced(engine, compile=compile))
 
     def _climb(self, first: int) -> None:
         """Other block sizes of the best engine, upwards while that helps, else downwards."""
-        if self.fixed or not getattr(_inner(self.best.engine), "batched", True):
+        if self.fixed or not getattr(_inner(self.best.engine), "batched", True) or self.best.block > first:
             return
         engine = self.best.engine
         sizes = sorted({self._balanced(size) for size in _BLOCKS if size <= self.queries})
@@ -135,10 +149,11 @@ class _Search:
         """The size at most this large that cuts the queries into equal blocks."""
         return -(-self.queries // -(-self.queries // min(size, self.queries)))
 
-    def _pays(self, seconds: float) -> bool:
+    def _pays(self, seconds: float, share: float | None = None) -> bool:
         """Whether another ``seconds`` of measuring are small against what is still to be done."""
+        share = _SHARE if share is None else share
         spent = time.perf_counter() - self.began
-        return spent + seconds < _SHARE * self.steps * self.queries * self.best.per_query
+        return spent + seconds < share * self.steps * self.queries * self.best.per_query
 
     def _try(self, engine: Engine | ScaledEngine, size: int, *, forced: bool = False) -> Timed | None:
         """Compare an engine with the reference, time it at a size, keep it if it is the best."""
@@ -214,9 +229,9 @@ def _sizes(sweep: Sweep, point: Point, method: str) -> Sizes:
     factor = {"exact": 4, "gauss-newton": 3, "hessian-free": 2}[method]
     return Sizes(
         number=number,
-        # lam, sig, and while the update is pulled back their successors and gam
-        adjoint=size if method == "hessian-free" else 2 * (size + state_slots) + size,
+        adjoint=size if method == "hessian-free" else size + state_slots,
         state=2 * size + state_slots + rest,
-        engine=factor * activations + 2 * size,
+        # gam, C gam, and for adaptive optimizers the update's successors
+        engine=factor * activations + 2 * size + (0 if sweep.optimizer.update.linear else size + state_slots),
         longest=max(b - a for a, b in itertools.pairwise(marks)),
     )

@@ -29,5 +29,5 @@ def reference(method: str, objective: Objective) -> Engine:
 def candidates(method: str, objective: Objective) -> Sequence[Engine]:
     """Engines worth measuring against the reference, most promising first."""
     if method == "exact":
-        return (exact.ForwardOverReverse(objective), exact.ReverseOverReverse(objective))
+        return (exact.ReverseOverReverse(objective), exact.ForwardOverReverse(objective))
     return (gauss_newton.JvpThenVjp(objective),) if method == "gauss-newton" else (hessian_free.Jvp(objective),)

@@ -1,7 +1,7 @@
 """The reverse sweep: adjoints of a block of queries carried from the last step to the first."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -20,21 +20,30 @@ Sink = Callable[[Tensor, slice, Tensor, int], None]
 
 
 @final
-@dataclass
+@dataclass(frozen=True)
 class Adjoint:
     """``lam`` = d m/dw and ``sig`` = d m/ds of Q queries, one block ``[Q, *shape]`` a parameter (and slot)."""
 
     lam: list[Tensor]
     sig: list[Slots]
-    gam: list[Tensor] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        """``gam``: room for d m/dg, overwritten at every step."""
-        self.gam = self.gam or [torch.empty_like(x) for x in self.lam]
+    def __len__(self) -> int:
+        return self.lam[0].shape[0]
 
     def norms(self) -> Tensor:
         """||lam_q||, [Q]."""
         return torch.stack([x.flatten(1).norm(dim=1) for x in self.lam]).norm(dim=0)
+
+    def rows(self, chosen: slice) -> "Adjoint":
+        """Some of the queries, as views."""
+        sig = [{slot: x[chosen] for slot, x in slots.items()} for slots in self.sig]
+        return Adjoint([x[chosen] for x in self.lam], sig)
+
+
+def start(sensitivities: Vectors, slots: Sequence[tuple[str, ...]]) -> Adjoint:
+    """The adjoint at the end: lam_T = d m/d w_T, sig_T = 0."""
+    sig = [{slot: torch.zeros_like(x) for slot in names} for x, names in zip(sensitivities, slots, strict=True)]
+    return Adjoint(list(sensitivities), sig)
 
 
 def blocks(queries: int, block: int) -> Iterator[tuple[slice, int]]:
@@ -48,22 +57,13 @@ def blocks(queries: int, block: int) -> Iterator[tuple[slice, int]]:
         yield slice(begin, begin + block), first - begin
 
 
-def start(sensitivities: Vectors, slots: Sequence[tuple[str, ...]]) -> Adjoint:
-    """The adjoint at the end: lam_T = d m/d w_T, sig_T = 0."""
-    sig = [{slot: torch.zeros_like(x) for slot in names} for x, names in zip(sensitivities, slots, strict=True)]
-    return Adjoint([x.clone() for x in sensitivities], sig)
-
-
-def pull_update(adjoint: Adjoint, linearizations: Sequence[Linearization | None]) -> list[Tensor]:
-    """(lam, sig) <- VJP of U_t in (w, s), in place of the adjoint; returns gam, the VJP in g."""
-    gam = []
-    for p, linearization in enumerate(linearizations):
+def pull_update(adjoint: Adjoint, linearizations: Sequence[Linearization | None], gam: Sequence[Tensor]) -> None:
+    """(lam, sig) <- VJP of U_t in (w, s), in place; ``gam`` is overwritten with the VJP in g."""
+    for lam, sig, into, linearization in zip(adjoint.lam, adjoint.sig, gam, linearizations, strict=True):
         if linearization is None:  # no gradient came: the step left the parameter and its slots alone
-            gam.append(torch.zeros_like(adjoint.lam[p]))
-            continue
-        gam.append(adjoint.gam[p])
-        linearization.vjp_into(adjoint.lam[p], adjoint.sig[p], gam[p])
-    return gam
+            into.zero_()
+        else:
+            linearization.vjp_into(lam, sig, into)
 
 
 def reverse_sweep(
@@ -78,21 +78,23 @@ def reverse_sweep(
 ) -> Adjoint:
     """Carry ``adjoint`` back over ``moments``, adding every example's terms to ``sink``; the adjoint at step 0.
 
-    ``lam_t = lam~ + C_t gam``; the engine takes ``block`` queries at a time, all share the replayed step.
-    ``watch(t, adjoint)`` sees every step.
+    ``lam_t = lam~ + C_t gam``. All queries share the replayed step; ``block`` of them at a time go through the update
+    and the engine while they are in the cache. ``watch(t, adjoint)`` sees every step.
     """
-    queries = adjoint.lam[0].shape[0]
+    gam = [torch.zeros_like(x[: min(block, len(adjoint))]) for x in adjoint.lam]
     for moment in moments:
         linearizations = optimizer.linearize(
             moment.state.params, moment.state.optimizer, moment.gradient, moment.record.groups
         )
-        gam = pull_update(adjoint, linearizations)
-        for ids, epoch, point in points_of(moment, objective):
-            for chosen, skip in blocks(queries, block):
-                curved, terms = engine.products(point, tuple(x[chosen] for x in gam))
-                new = slice(chosen.start + skip, chosen.stop)
-                for lam, c in zip(adjoint.lam, curved or (), strict=False):
-                    lam[new] += c[skip:]
+        points = list(points_of(moment, objective))
+        for chosen, skip in blocks(len(adjoint), block):
+            new = slice(chosen.start + skip, chosen.stop)
+            rows = adjoint.rows(new)
+            pull_update(rows, linearizations, [x[skip:] for x in gam])
+            for ids, epoch, point in points:
+                curved, terms = engine.products(point, tuple(gam))
+                for lam, c in zip(rows.lam, curved or (), strict=False):
+                    lam += c[skip:]
                 sink(ids, new, terms[skip:], epoch)
         watch(moment.record.index, adjoint)
     return adjoint
@@ -114,15 +116,15 @@ def hessian_free_sweep(
     gradients with the fixed lam_T. For SGD, d_t and e_t are single numbers: the paper's fixed direction.
     """
     ones = start(tuple(torch.ones_like(x[:1]) for x in adjoint.lam), [tuple(s) for s in adjoint.sig])
-    queries = adjoint.lam[0].shape[0]
+    scale = [torch.zeros_like(x) for x in ones.lam]
     for moment in moments:
         linearizations = optimizer.linearize(
             moment.state.params, moment.state.optimizer, moment.gradient, moment.record.groups
         )
-        scale = tuple(x[0] for x in pull_update(ones, linearizations))
+        pull_update(ones, linearizations, scale)
         for ids, epoch, point in points_of(moment, objective):
-            for chosen, skip in blocks(queries, block):
-                terms = engine.terms(point, scale, tuple(x[chosen] for x in adjoint.lam))
+            for chosen, skip in blocks(len(adjoint), block):
+                terms = engine.terms(point, tuple(x[0] for x in scale), tuple(x[chosen] for x in adjoint.lam))
                 sink(ids, slice(chosen.start + skip, chosen.stop), terms[skip:], epoch)
         watch(moment.record.index, ones)
     return ones

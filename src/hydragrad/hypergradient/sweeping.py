@@ -46,7 +46,10 @@ class Sweep:
         idle = frozenset.intersection(*(record.without_grad for record in run.steps[:stop]))
         trained = [name for name in manifest.params if name in grouped and name not in idle]
         replayer = run.replayer(check=True)
-        objective = Objective(run.problem, copy.deepcopy(run.problem.model), trained)
+        key = ("objective", *trained)
+        if key not in run.memo:
+            run.memo[key] = Objective(run.problem, copy.deepcopy(run.problem.model), trained)
+        objective: Objective = run.memo[key]
         objective.follow_modes(manifest.modes)
         sweep = Sweep(
             run, stop, replayer, objective, OptimizerMap(update_for(manifest.optimizer["class"]), trained, groups)

@@ -13,7 +13,7 @@ from hydragrad.step.objective import Point, Vectors
 
 _MOST_GRAPHS = 16
 """Shapes traced per function; beyond these (ragged batches) it runs untraced."""
-_RARE = 3
+_RARE = 20
 """The first form is traced at once, others when seen this often: an epoch's last batch may not be worth it."""
 
 
