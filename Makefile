@@ -14,7 +14,7 @@ PICTURES := demo-output
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:  # half an environment is none
 .NOTPARALLEL:      # the steps of `test` run in the order given, also under -j
-.PHONY: help demo test lint types docs tests wheel bench format clean
+.PHONY: help demo test lint types docs tests wheel bench paper format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ wheel: $(VENV)/.dev  ## build sdist and wheel into dist/, and test a wheel in a 
 
 bench: $(VENV)/.dev  ## run the benchmarks
 	$(BIN)/python -m benchmarks
+
+paper: $(VENV)/.dev  ## run the studies behind the tables in the documentation
+	$(BIN)/python -m experiments.approximation
+	$(BIN)/python -m experiments.ladder
 
 format: $(VENV)/.dev  ## mend the style
 	$(BIN)/ruff check --fix .

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 import hydragrad as hg
 from benchmarks.workloads import LeNet5, loss
 
-STEPS, BATCH, QUERIES = 200, 64, 64
+STEPS, BATCH, QUERIES = 40, 64, 64
 
 
 def peak() -> int:

@@ -86,7 +86,7 @@ def plan_sweep(
     # what every choice needs: the block's engine, the result (its copy on the device while a sweep lasts)
     fixed = result + chosen.block * sizes.engine
     left = max(budget - fixed, 0)
-    segment = max(2, min(sizes.longest, left // 4 // sizes.state))
+    segment = max(2, min(sizes.longest, min(left // 4, left - sizes.adjoint - rows * sizes.number) // sizes.state))
     left = max(left - segment * sizes.state, 0)
     carried = max(1, min(queries, left // (sizes.adjoint + rows * sizes.number)))
     sweeps = -(-queries // carried)

@@ -1,0 +1,392 @@
+"""Checks: by hand where that can be done, against hand-written retraining, and on models with wrong derivatives."""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hydragrad as hg
+from hydragrad.checks import (
+    DERIVATIVES,
+    FEW,
+    GROWTH,
+    LADDER,
+    FiniteDifferences,
+    _correlation,
+    _error,
+    derivative_error,
+    finite_differences,
+    judge,
+)
+from hydragrad.diagnostics import Rung
+from hydragrad.hypergradient.points import points_of
+from hydragrad.hypergradient.queries import Columns, Queries
+from hydragrad.hypergradient.sweeping import Sweep
+from hydragrad.trajectory.moments import forwards
+from tests.hypergradient.recorded import recipe_of, recorded
+from tests.tolerances import SAME, assert_close
+from tests.zoo import CASES, N_QUERY, N_TRAIN, case
+
+# ---------------------------------------------------------------------------------------------------------------
+# Errors and correlations, by hand
+
+
+def doubles(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_errors_by_hand():
+    assert _error(doubles(3, 4), doubles(3, 4)) == 0.0
+    assert _error(doubles(3, 4), doubles(0, 0)) == 1.0
+    assert _error(doubles(3, 4), doubles(6, 8)) == 1.0
+    assert _error(doubles(3, 4), doubles(3, 3)) == pytest.approx(1 / 5)
+    assert _error(doubles(0, 0), doubles(0, 0)) == 0.0
+    assert _error(doubles(0, 0), doubles(0, 1e-9)) == 1.0  # a change was predicted and none came
+
+
+def test_correlations_by_hand():
+    assert _correlation(doubles(1, 2, 3), doubles(2, 4, 6)) == pytest.approx(1)
+    assert _correlation(doubles(1, 2, 3), doubles(5, 4, 3)) == pytest.approx(-1)
+    # deviations -1, 0, 1 and -1/3, 2/3, -1/3: their product is 0
+    assert _correlation(doubles(1, 2, 3), doubles(0, 1, 0)) == pytest.approx(0, abs=1e-12)
+    # deviations -1, 0, 1 and -1, 1, 0: 1 / sqrt(2 * 2)
+    assert _correlation(doubles(1, 2, 3), doubles(0, 2, 1)) == pytest.approx(0.5)
+    assert math.isnan(_correlation(doubles(1, 2), doubles(1, 2)))  # two points always lie on a line
+    assert math.isnan(_correlation(doubles(1, 1, 1), doubles(1, 2, 3)))
+    assert math.isnan(_correlation(doubles(1, 2, 3), doubles(1, 1, 1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The verdict
+
+
+def found(top: float, low: float = 0.0) -> FiniteDifferences:
+    return FiniteDifferences((Rung(0.1, low, 1.0), Rung(1.0, top, 0.5)), (3, 7), 0)
+
+
+def verdict_of(
+    found: FiniteDifferences | None,
+    method: str = "exact",
+    growth: float = 1.0,
+    drift: float = 0.0,
+    derivatives: float = 0.0,
+) -> tuple[str, tuple[str, ...]]:
+    return judge(method, found, growth, drift, 1e-10, derivatives)
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        (0.0, "reliable"),
+        (0.5, "reliable"),
+        (0.51, "doubtful"),
+        (0.9, "doubtful"),
+        (0.91, "meaningless"),
+        (50.0, "meaningless"),
+        (math.inf, "meaningless"),
+        (math.nan, "meaningless"),
+    ],
+)
+def test_the_verdict_rests_on_the_top_of_the_ladder(error, verdict):
+    for low in (0.0, 99.0):
+        given, reasons = verdict_of(found(error, low))
+        assert given == verdict
+        assert f"relative error {error:.2f}" in reasons[0]
+        assert "removing 2 examples" in reasons[0]
+        assert len(reasons) == (1 if verdict == "reliable" else 2)
+
+
+def test_unchecked_says_so():
+    assert verdict_of(None, derivatives=math.nan) == ("unchecked", ())
+
+
+TROUBLES = [
+    ({"growth": GROWTH * 1.01}, {"growth": GROWTH}, "the adjoint grew 1.0e\\+04 times"),
+    ({"drift": 1.1e-10}, {"drift": 1e-10}, "the replay ended 1.1e-10"),
+    ({"derivatives": 1.1e-3}, {"derivatives": DERIVATIVES}, "torch's derivatives of this model are off by 1.1e-03"),
+]
+
+
+@pytest.mark.parametrize(("trouble", "none", "words"), TROUBLES, ids=["growth", "drift", "derivatives"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(0.1, "doubtful"), (0.7, "doubtful"), (2.0, "meaningless"), (None, "doubtful")],
+    ids=["reliable", "doubtful", "meaningless", "unchecked"],
+)
+def test_trouble_takes_reliability_away_and_says_why(trouble, none, words, before, after):
+    checked = None if before is None else found(before)
+    plain, few = verdict_of(checked)
+    given, reasons = verdict_of(checked, **trouble)
+    assert given == after
+    assert reasons[: len(few)] == few
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(reasons[len(few) :])
+    assert len(reasons) == len(few) + 1
+    assert verdict_of(checked, **none) == (plain, few)  # the limit itself is allowed
+
+
+def test_every_trouble_is_told():
+    verdict, reasons = verdict_of(found(0.1), growth=1e9, drift=1.0, derivatives=1.0)
+    assert verdict == "doubtful"
+    assert len(reasons) == 4
+    assert verdict_of(found(0.1), derivatives=math.nan)[0] == "reliable"  # not measured is not wrong
+
+
+def test_what_may_help_depends_on_the_method():
+    assert "exact" in verdict_of(found(0.7), "hessian-free")[1][1]
+    assert "exact" in verdict_of(found(0.7), "gauss-newton")[1][1]
+    assert "not linear" in verdict_of(found(0.7, low=0.1))[1][1]
+    assert "learning rate" in verdict_of(found(0.7, low=0.6))[1][1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Finite differences against a loop written by hand
+
+PROBLEM = case("mlp_tanh")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return recorded(recipe_of(PROBLEM), tmp_path_factory.mktemp("checks") / "run")
+
+
+def measured(run: hg.Run, weights: Tensor, until: int | None) -> Tensor:
+    """Every query's loss of the model trained with these weights."""
+    state = run.replay(weights=weights, until=until)
+    model = PROBLEM.build().eval()
+    model.load_state_dict({**state.params, **state.buffers})
+    inputs, labels = (torch.stack(parts) for parts in zip(*PROBLEM.queries, strict=True))
+    return PROBLEM.loss(model, (inputs, labels)).detach()
+
+
+def by_hand(run: hg.Run, touched: Sequence[int], h: float, until: int | None = None) -> Tensor:
+    """(m(1 - h) - m(1 + h)) / 2h: what the scores of these examples together predict."""
+    ends = []
+    for sign in (-1, 1):
+        weights = torch.ones(N_TRAIN, dtype=torch.float64)
+        for i in touched:
+            weights[i] += sign * h
+        ends.append(measured(run, weights, until))
+    return (ends[0] - ends[1]) / (2 * h)
+
+
+AGGREGATES: list[tuple[Any, Callable[[Tensor], Tensor]]] = [
+    (None, lambda m: m),
+    ("mean", lambda m: m.mean().reshape(1)),
+    ("sum", lambda m: m.sum().reshape(1)),
+    (torch.tensor([1, 0, 1, 2]), lambda m: torch.stack([m[1], m[0] + m[2], m[3]])),
+]
+MEMBERS = {
+    "every example": torch.arange(N_TRAIN),
+    "groups": torch.tensor([0, 2, 2, 1, 0, 2, 1, 1, 0, 0, 2, 0]),
+    "chosen": torch.tensor([-1, 0, -1, 2, 1, -1, -1, 3, -1, -1, 4, 5]),
+}
+
+
+@pytest.mark.parametrize("members", MEMBERS.values(), ids=list(MEMBERS))
+@pytest.mark.parametrize(("aggregate", "combined"), AGGREGATES, ids=["none", "mean", "sum", "groups"])
+@pytest.mark.parametrize("until", [None, 2])
+def test_finite_differences_are_those_of_a_loop_by_hand(run, aggregate, combined, members, until):
+    step = run.num_steps if until is None else until
+    names = tuple(name for name, _ in run.problem.model.named_parameters())
+    queries = Queries(run.problem, PROBLEM.queries, names, None, torch.device("cpu"), "samples")
+    columns = Columns.make(aggregate, N_QUERY)
+    scores = torch.randn(int(members.max()) + 1, columns.count, dtype=torch.float64)
+    result = finite_differences(run, queries, columns, scores, members, step, seed=5)
+    rows = members[list(result.examples)].unique()
+    seen = {i for record in run.steps[:step] for ids in record.batches for i in ids.tolist()}
+    usable = {int(members[i]) for i in seen} - {-1}
+    assert len(rows) == min(FEW, len(usable))
+    assert set(rows.tolist()) <= usable  # an example that no step saw shows nothing
+    assert list(result.examples) == [i for i in range(N_TRAIN) if members[i] in rows]  # whole groups
+    assert [rung.step for rung in result.ladder] == list(LADDER) == [0.1, 1.0]
+    for rung in result.ladder:
+        change, predicted = combined(by_hand(run, result.examples, rung.step, until)), scores[rows].sum(0)
+        assert_close(doubles(rung.error), ((change - predicted).norm() / change.norm()).reshape(1), SAME)
+        if columns.count >= 3:
+            expected = torch.corrcoef(torch.stack([change, predicted]))[0, 1]
+            assert_close(doubles(rung.correlation), expected.reshape(1), SAME)
+        else:
+            assert math.isnan(rung.correlation)
+
+
+def test_the_seed_chooses_the_examples(run):
+    def check(seed: int) -> hg.Diagnostics:
+        return hg.attribute(run, PROBLEM.queries, seed=seed, progress=False).diagnostics
+
+    assert check(0).examples == check(0).examples
+    assert check(0).ladder[1].error == pytest.approx(check(0).ladder[1].error, rel=1e-9)
+    assert len({check(seed).examples for seed in range(4)}) > 1
+    assert check(3).seed == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Derivatives of the model
+
+
+def error_of(sweep: Sweep, method: str) -> float:
+    moment = next(forwards(sweep.replayer, sweep.run.trajectory, 1))
+    return derivative_error(sweep.objective, next(points_of(moment, sweep.objective))[2], method)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "mlp_relu"])
+def test_smooth_models_have_right_derivatives(name, dtype, tmp_path):
+    sweep = Sweep.of(recorded(recipe_of(case(name, dtype)), tmp_path / "run"))
+    for method in ("exact", "gauss-newton", "hessian-free"):
+        assert error_of(sweep, method) < 1e-6, method
+
+
+class WrongSecond(torch.autograd.Function):
+    """sinh, whose backward is right and is itself differentiated wrongly: as cosh x instead of g sinh x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x.sinh()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return WrongSlope.apply(g, *ctx.saved_tensors)  # type: ignore[return-value]
+
+
+class WrongSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(g, x)
+        return g * x.cosh()
+
+    @staticmethod
+    def backward(ctx: Any, gg: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        g, x = ctx.saved_tensors
+        return gg * x.cosh(), gg * g * x.cosh()  # should be sinh
+
+
+class Sinh(nn.Module):
+    def __init__(self, wrong: bool) -> None:
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        return WrongSecond.apply(x) if self.wrong else x.sinh()  # type: ignore[return-value]
+
+
+def sinh_run(folder: Any, wrong: bool, lr: float = 0.01) -> hg.Run:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(4, 6), Sinh(wrong), nn.Linear(6, 3)).double()
+    recipe = recipe_of(PROBLEM, hyper={"lr": lr})
+    groups = [([name for name, _ in model.named_parameters()], {"lr": lr})]
+    return recorded(replace(recipe, model=model, groups=groups), folder / f"run {wrong}")
+
+
+def test_a_wrong_second_derivative_is_found(tmp_path):
+    right, wrong = (Sweep.of(sinh_run(tmp_path, w)) for w in (False, True))
+    assert error_of(right, "exact") < 1e-6
+    assert error_of(wrong, "exact") > 0.05
+    assert error_of(wrong, "hessian-free") < 1e-6  # its first derivative is right
+
+
+def test_a_wrong_second_derivative_makes_scores_doubtful(tmp_path):
+    """The small learning rate hides it from retraining: five examples removed are predicted well all the same."""
+    for wrong in (False, True):
+        diagnostics = hg.attribute(sinh_run(tmp_path, wrong), PROBLEM.queries, check=True, progress=False).diagnostics
+        assert diagnostics.finite_difference_error < 0.5
+        assert diagnostics.verdict == ("doubtful" if wrong else "reliable")
+        told = [reason for reason in diagnostics.reasons if "wrong second derivative" in reason]
+        assert len(told) == wrong
+        assert (diagnostics.derivative_error > DERIVATIVES) == wrong
+
+
+class OnlySingle(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise RuntimeError("no float64 kernel")
+        return x.tanh()
+
+
+def test_a_model_without_float64_is_not_judged_by_its_derivatives(tmp_path):
+    problem = case("mlp_tanh", torch.float32)
+    model = nn.Sequential(nn.Linear(4, 6), OnlySingle(), nn.Linear(6, 3))
+    run = recorded(replace(recipe_of(problem), model=model), tmp_path / "run")
+    diagnostics = hg.attribute(run, problem.queries, check=True, progress=False).diagnostics
+    assert math.isnan(diagnostics.derivative_error)
+    assert not any("derivatives" in reason for reason in diagnostics.reasons)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All of it, through `hg.attribute`
+
+
+@pytest.fixture(scope="module")
+def gentle(tmp_path_factory):
+    recipe = recipe_of(PROBLEM, hyper={"lr": 0.02})
+    return recorded(recipe, tmp_path_factory.mktemp("checks") / "gentle")
+
+
+def test_a_gentle_run_is_reliable(gentle):
+    diagnostics = hg.attribute(gentle, PROBLEM.queries, progress=False).diagnostics
+    assert diagnostics.verdict == "reliable"
+    assert len(diagnostics.reasons) == 1
+    assert [rung.step for rung in diagnostics.ladder] == [0.1, 1.0]
+    assert diagnostics.ladder[0].error < 0.01
+    assert diagnostics.ladder[0].correlation > 0.999
+    assert diagnostics.drift == 0.0
+    assert diagnostics.derivative_error < 1e-6
+    assert 0 < diagnostics.check_seconds < diagnostics.seconds
+
+
+def test_dropping_a_strong_curvature_is_not_reliable(tmp_path):
+    """Regression over many passes: an early step's effect is undone by the curvature, which hessian-free ignores."""
+    problem = case("regression")
+    epochs = [[[[0, 1, 2, 3]], [[4, 5, 6, 7]], [[8, 9, 10, 11]]]] * 30
+    steps = [step for epoch in epochs for step in epoch]
+    recipe = recipe_of(problem, hyper={"lr": 0.05}, steps=steps)
+    run = recorded(recipe, tmp_path / "run", epochs)
+    free = hg.attribute(run, problem.queries, method="hessian-free", progress=False).diagnostics
+    assert free.verdict != "reliable"
+    assert any("drops the curvature" in reason and "exact" in reason for reason in free.reasons)
+    full = hg.attribute(run, problem.queries, method="exact", progress=False).diagnostics
+    assert full.ladder[0].error < 0.1 < free.ladder[0].error
+    assert full.verdict == "reliable"
+
+
+def test_growth_is_measured(gentle, tmp_path):
+    """At a high learning rate the adjoint grows as the product of I - lr H does; without check that is still told."""
+    assert hg.attribute(gentle, PROBLEM.queries, check=False).diagnostics.growth < 2
+    epochs = [[[[0, 1, 2, 3]], [[4, 5, 6, 7]], [[8, 9, 10, 11]]]] * 12
+    steps = [step for epoch in epochs for step in epoch]
+    wild = recorded(recipe_of(PROBLEM, hyper={"lr": 30.0}, steps=steps), tmp_path / "run", epochs)
+    diagnostics = hg.attribute(wild, PROBLEM.queries, check=False).diagnostics
+    assert diagnostics.growth > GROWTH
+    assert diagnostics.verdict == "doubtful"
+    assert any("chaotic" in reason for reason in diagnostics.reasons)
+
+
+def test_without_check_nothing_is_claimed(gentle):
+    diagnostics = hg.attribute(gentle, PROBLEM.queries, check=False).diagnostics
+    assert diagnostics.verdict == "unchecked"
+    assert diagnostics.reasons == diagnostics.ladder == diagnostics.examples == ()
+    assert math.isnan(diagnostics.derivative_error)
+    assert math.isnan(diagnostics.finite_difference_error)
+    assert diagnostics.check_seconds == 0.0
+
+
+def test_groups_tokens_and_epochs_are_checked_by_their_sums(gentle):
+    """The same examples are removed, so the same change is measured and predicted, however the rows are cut."""
+    everything = torch.zeros(N_TRAIN, dtype=torch.int64)
+    whole = hg.attribute(gentle, PROBLEM.queries, groups=everything, progress=False).diagnostics
+    split = hg.attribute(gentle, PROBLEM.queries, groups=everything, by_epoch=True, progress=False).diagnostics
+    assert whole.examples == split.examples == tuple(range(N_TRAIN))
+    for a, b in itertools.chain(zip(whole.ladder, split.ladder, strict=True)):
+        assert a.error == pytest.approx(b.error, rel=1e-6)
+    assert whole.ladder[0].error < 0.1
+    tokens = case("token_loss")
+    copied = copy.deepcopy(tokens.queries)
+    assert len(copied) == N_QUERY
