@@ -1,7 +1,5 @@
 """Checks: by hand where that can be done, against hand-written retraining, and on models with wrong derivatives."""
 
-import copy
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,9 +12,11 @@ from torch import Tensor, nn
 import hydragrad as hg
 from hydragrad.checks import (
     DERIVATIVES,
+    DOUBTFUL,
     FEW,
     GROWTH,
     LADDER,
+    RELIABLE,
     FiniteDifferences,
     _correlation,
     _error,
@@ -66,6 +66,9 @@ def test_correlations_by_hand():
 # The verdict
 
 
+IN_BETWEEN = (RELIABLE + DOUBTFUL) / 2  # doubtful
+
+
 def found(top: float, low: float = 0.0) -> FiniteDifferences:
     return FiniteDifferences((Rung(0.1, low, 1.0), Rung(1.0, top, 0.5)), (3, 7), 0)
 
@@ -75,7 +78,7 @@ def verdict_of(
     method: str = "exact",
     growth: float = 1.0,
     drift: float = 0.0,
-    derivatives: float = 0.0,
+    derivatives: float | None = 0.0,
 ) -> tuple[str, tuple[str, ...]]:
     return judge(method, found, growth, drift, 1e-10, derivatives)
 
@@ -84,10 +87,10 @@ def verdict_of(
     ("error", "verdict"),
     [
         (0.0, "reliable"),
-        (0.5, "reliable"),
-        (0.51, "doubtful"),
-        (0.9, "doubtful"),
-        (0.91, "meaningless"),
+        (RELIABLE, "reliable"),
+        (RELIABLE + 0.01, "doubtful"),
+        (DOUBTFUL, "doubtful"),
+        (DOUBTFUL + 0.01, "meaningless"),
         (50.0, "meaningless"),
         (math.inf, "meaningless"),
         (math.nan, "meaningless"),
@@ -103,11 +106,11 @@ def test_the_verdict_rests_on_the_top_of_the_ladder(error, verdict):
 
 
 def test_unchecked_says_so():
-    assert verdict_of(None, derivatives=math.nan) == ("unchecked", ())
+    assert verdict_of(None, derivatives=None) == ("unchecked", ())
 
 
 TROUBLES = [
-    ({"growth": GROWTH * 1.01}, {"growth": GROWTH}, "the adjoint grew 1.0e\\+04 times"),
+    ({"growth": GROWTH * 1.01}, {"growth": GROWTH}, "the adjoint grew 1.0e+04 times"),
     ({"drift": 1.1e-10}, {"drift": 1e-10}, "the replay ended 1.1e-10"),
     ({"derivatives": 1.1e-3}, {"derivatives": DERIVATIVES}, "torch's derivatives of this model are off by 1.1e-03"),
 ]
@@ -116,7 +119,7 @@ TROUBLES = [
 @pytest.mark.parametrize(("trouble", "none", "words"), TROUBLES, ids=["growth", "drift", "derivatives"])
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(0.1, "doubtful"), (0.7, "doubtful"), (2.0, "meaningless"), (None, "doubtful")],
+    [(0.1, "doubtful"), (IN_BETWEEN, "doubtful"), (2.0, "meaningless"), (None, "doubtful")],
     ids=["reliable", "doubtful", "meaningless", "unchecked"],
 )
 def test_trouble_takes_reliability_away_and_says_why(trouble, none, words, before, after):
@@ -125,9 +128,8 @@ def test_trouble_takes_reliability_away_and_says_why(trouble, none, words, befor
     given, reasons = verdict_of(checked, **trouble)
     assert given == after
     assert reasons[: len(few)] == few
-    with pytest.raises(AssertionError, match=words):
-        raise AssertionError(reasons[len(few) :])
-    assert len(reasons) == len(few) + 1
+    (told,) = reasons[len(few) :]
+    assert words in told
     assert verdict_of(checked, **none) == (plain, few)  # the limit itself is allowed
 
 
@@ -135,14 +137,14 @@ def test_every_trouble_is_told():
     verdict, reasons = verdict_of(found(0.1), growth=1e9, drift=1.0, derivatives=1.0)
     assert verdict == "doubtful"
     assert len(reasons) == 4
-    assert verdict_of(found(0.1), derivatives=math.nan)[0] == "reliable"  # not measured is not wrong
+    assert verdict_of(found(0.1), derivatives=None)[0] == "reliable"  # not measured is not wrong
 
 
 def test_what_may_help_depends_on_the_method():
-    assert "exact" in verdict_of(found(0.7), "hessian-free")[1][1]
-    assert "exact" in verdict_of(found(0.7), "gauss-newton")[1][1]
-    assert "not linear" in verdict_of(found(0.7, low=0.1))[1][1]
-    assert "learning rate" in verdict_of(found(0.7, low=0.6))[1][1]
+    assert "exact" in verdict_of(found(IN_BETWEEN), "hessian-free")[1][1]
+    assert "exact" in verdict_of(found(IN_BETWEEN), "gauss-newton")[1][1]
+    assert "not linear" in verdict_of(found(IN_BETWEEN, low=0.1))[1][1]
+    assert "learning rate" in verdict_of(found(IN_BETWEEN, low=IN_BETWEEN))[1][1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -232,7 +234,9 @@ def test_the_seed_chooses_the_examples(run):
 
 def error_of(sweep: Sweep, method: str) -> float:
     moment = next(forwards(sweep.replayer, sweep.run.trajectory, 1))
-    return derivative_error(sweep.objective, next(points_of(moment, sweep.objective))[2], method)
+    error = derivative_error(sweep.objective, next(points_of(moment, sweep.objective))[2], method)
+    assert error is not None
+    return error
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -297,10 +301,11 @@ def test_a_wrong_second_derivative_makes_scores_doubtful(tmp_path):
     """The small learning rate hides it from retraining: five examples removed are predicted well all the same."""
     for wrong in (False, True):
         diagnostics = hg.attribute(sinh_run(tmp_path, wrong), PROBLEM.queries, check=True, progress=False).diagnostics
-        assert diagnostics.finite_difference_error < 0.5
+        assert diagnostics.finite_difference_error < RELIABLE
         assert diagnostics.verdict == ("doubtful" if wrong else "reliable")
         told = [reason for reason in diagnostics.reasons if "wrong second derivative" in reason]
         assert len(told) == wrong
+        assert diagnostics.derivative_error is not None
         assert (diagnostics.derivative_error > DERIVATIVES) == wrong
 
 
@@ -316,7 +321,7 @@ def test_a_model_without_float64_is_not_judged_by_its_derivatives(tmp_path):
     model = nn.Sequential(nn.Linear(4, 6), OnlySingle(), nn.Linear(6, 3))
     run = recorded(replace(recipe_of(problem), model=model), tmp_path / "run")
     diagnostics = hg.attribute(run, problem.queries, check=True, progress=False).diagnostics
-    assert math.isnan(diagnostics.derivative_error)
+    assert diagnostics.derivative_error is None
     assert not any("derivatives" in reason for reason in diagnostics.reasons)
 
 
@@ -338,6 +343,7 @@ def test_a_gentle_run_is_reliable(gentle):
     assert diagnostics.ladder[0].error < 0.01
     assert diagnostics.ladder[0].correlation > 0.999
     assert diagnostics.drift == 0.0
+    assert diagnostics.derivative_error is not None
     assert diagnostics.derivative_error < 1e-6
     assert 0 < diagnostics.check_seconds < diagnostics.seconds
 
@@ -373,20 +379,17 @@ def test_without_check_nothing_is_claimed(gentle):
     diagnostics = hg.attribute(gentle, PROBLEM.queries, check=False).diagnostics
     assert diagnostics.verdict == "unchecked"
     assert diagnostics.reasons == diagnostics.ladder == diagnostics.examples == ()
-    assert math.isnan(diagnostics.derivative_error)
+    assert diagnostics.derivative_error is None
     assert math.isnan(diagnostics.finite_difference_error)
     assert diagnostics.check_seconds == 0.0
 
 
-def test_groups_tokens_and_epochs_are_checked_by_their_sums(gentle):
+def test_groups_and_epochs_are_checked_by_their_sums(gentle):
     """The same examples are removed, so the same change is measured and predicted, however the rows are cut."""
     everything = torch.zeros(N_TRAIN, dtype=torch.int64)
     whole = hg.attribute(gentle, PROBLEM.queries, groups=everything, progress=False).diagnostics
     split = hg.attribute(gentle, PROBLEM.queries, groups=everything, by_epoch=True, progress=False).diagnostics
     assert whole.examples == split.examples == tuple(range(N_TRAIN))
-    for a, b in itertools.chain(zip(whole.ladder, split.ladder, strict=True)):
+    for a, b in zip(whole.ladder, split.ladder, strict=True):
         assert a.error == pytest.approx(b.error, rel=1e-6)
     assert whole.ladder[0].error < 0.1
-    tokens = case("token_loss")
-    copied = copy.deepcopy(tokens.queries)
-    assert len(copied) == N_QUERY

@@ -129,19 +129,16 @@ class _Search:
         return self._kept(key, lambda: Traced(engine, compile=compile))
 
     def _climb(self, first: int) -> None:
-        """Other block sizes of the best engine, upwards while that helps, else downwards."""
+        """Larger block sizes of the best engine; if none is better, smaller ones."""
         if self.fixed or not getattr(_inner(self.best.engine), "batched", True) or self.best.block > first:
             return
         engine = self.best.engine
         sizes = sorted({self._balanced(size) for size in _BLOCKS if size <= self.queries})
         for way in ([s for s in sizes if s > first], [s for s in reversed(sizes) if s < first]):
             for size in way:
-                before = self.best
-                if not self._pays(5 * size * self.best.per_query):
+                if not self._pays(8 * size * self.best.per_query):
                     return
                 self._try(engine, size)
-                if self.best is before:
-                    break
             if self.best.block > first:
                 return
 
@@ -164,7 +161,8 @@ class _Search:
             if not agree(row, self.truth):
                 self.reasons.append(f"{engine!r} disagrees with plain autograd here and is not used")
                 return None
-            timed = Timed(engine, size, seconds_of(lambda: products(engine, self.point, gam), self.device))
+            # a copy of the point each time: an engine may keep what it computed for a point
+            timed = Timed(engine, size, seconds_of(lambda: products(engine, replace(self.point), gam), self.device))
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             self.reasons.append(f"{engine!r} cannot differentiate this model ({_first_line(error)})")
             return None
