@@ -145,6 +145,17 @@ def test_vectors_of_another_run_are_refused(folder, change, tmp_path):
         hg.Hypergradients.load(folder, other)
 
 
+@pytest.mark.xfail(raises=pytest.fail.Exception, reason="a run is told from another by its first two steps alone")
+def test_vectors_of_a_run_that_parted_later_are_refused(run, folder, tmp_path):
+    """The same first steps, then another learning rate."""
+    names = [name for name, _ in run.problem.model.named_parameters()]
+    hyper = [{"lr": 0.1 if t < 3 else 0.05, "momentum": 0.9} for t in range(run.num_steps)]
+    other = recorded(recipe_of(PROBLEM, groups=[(names, hyper)]), tmp_path / "other")
+    assert [torch.equal(a.fingerprint, b.fingerprint) for a, b in zip(run.steps, other.steps, strict=True)].count(False)
+    with pytest.raises(hg.MismatchError, match=r"belongs to another run"):
+        hg.Hypergradients.load(folder, other)
+
+
 def test_too_large_for_memory_is_refused_unless_a_folder_is_given(run, tmp_path):
     size = sum(p.numel() for p in run.problem.model.parameters())
     with pytest.raises(

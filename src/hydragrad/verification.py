@@ -4,13 +4,11 @@ from dataclasses import dataclass, field
 from typing import final
 
 import torch
-from torch import Tensor
 
 from hydragrad.errors import MismatchError
 from hydragrad.run import Run, kept_random_state
-from hydragrad.trajectory.agreement import tolerance
+from hydragrad.trajectory.agreement import state_difference, tolerance
 from hydragrad.trajectory.replay import Replayer
-from hydragrad.trajectory.state import State
 
 
 @final
@@ -53,7 +51,7 @@ def verify(run: Run) -> Verification:
     with kept_random_state():
         for step in run.steps:
             if step.index in run.trajectory.checkpoints:
-                drift[step.index] = _state_difference(run.trajectory.state(step.index), replayer.state())
+                drift[step.index] = state_difference(run.trajectory.state(step.index), replayer.state())
             try:
                 replayer.advance(step)
             except MismatchError as error:
@@ -62,7 +60,7 @@ def verify(run: Run) -> Verification:
                 break
             done += 1
     if done == run.num_steps and done in run.trajectory.checkpoints:
-        drift[done] = _state_difference(run.trajectory.state(done), replayer.state())
+        drift[done] = state_difference(run.trajectory.state(done), replayer.state())
     first = min(replayer.differences, default=first)
     exact = first is None and not any(drift.values())
     limit = max((tolerance(param.dtype) for param in run.problem.model.parameters()), default=0.0)
@@ -90,23 +88,3 @@ def _hints(run: Run, replayer: Replayer, first: int | None) -> list[str]:
     if not hints:
         hints.append("rounding: the loss is computed in another order, or torch uses another number of threads")
     return hints
-
-
-def _state_difference(recorded: State, replayed: State) -> float:
-    """Largest over all tensors of max |a - b| / max |a|; 0.0 only if all are equal bit for bit."""
-    if recorded.optimizer.keys() != replayed.optimizer.keys():
-        return float("inf")
-    pairs = [(recorded.params, replayed.params), (recorded.buffers, replayed.buffers)]
-    pairs += [(recorded.optimizer[name], replayed.optimizer[name]) for name in recorded.optimizer]
-    return max((_difference(a[name], b[name]) for a, b in pairs for name in a), default=0.0)
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    b = b.to(a.device)
-    if torch.equal(a, b):
-        return 0.0
-    a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
-    if bool((a.isnan() == b.isnan()).all()) and bool((a.isnan() | (a == b)).all()):
-        return 0.0
-    gap, scale = float((a - b).abs().max()), float(a.abs().max())
-    return gap / scale if scale > 0 and gap == gap else float("inf")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hydragrad.run import Run
-from hydragrad.trajectory.moments import Backwards, Moment, drift_between, forwards
+from hydragrad.trajectory.agreement import state_difference
+from hydragrad.trajectory.moments import Backwards, Moment, forwards
 from hydragrad.trajectory.recording import record
 from hydragrad.trajectory.state import State
 from hydragrad.trajectory.store import Trajectory
@@ -172,11 +173,11 @@ def test_drift_is_relative_to_each_tensor_and_infinite_for_nan() -> None:
         )
 
     here = state(100.0, 1e-3, 2.0)
-    assert drift_between(here, here) == 0.0
-    assert drift_between(here, state(101.0, 1e-3, 2.0)) == pytest.approx(0.01)
-    assert drift_between(here, state(100.0, 2e-3, 2.0)) == pytest.approx(1.0)
-    assert drift_between(here, state(101.0, 1e-3, 1.0)) == pytest.approx(0.5)
-    assert drift_between(here, state(100.0, math.nan, 2.0)) == math.inf
+    assert state_difference(here, here) == 0.0
+    assert state_difference(here, state(101.0, 1e-3, 2.0)) == pytest.approx(0.01)
+    assert state_difference(here, state(100.0, 2e-3, 2.0)) == pytest.approx(1.0)
+    assert state_difference(here, state(101.0, 1e-3, 1.0)) == pytest.approx(0.5)
+    assert state_difference(here, state(100.0, math.nan, 2.0)) == math.inf
 
 
 def alive(kept: list[weakref.ref]) -> int:

@@ -70,6 +70,8 @@ def choose(sweep: Sweep, queries: int, method: str, *, block: int | None, compil
     """Measure engines of ``method`` on a recorded batch until measuring would cost more than it saves."""
     point, replay = _probe_point(sweep)
     with sweep.objective.differentiable():
+        if method == "gauss-newton":
+            sweep.objective.check_split(point)
         search = _Search(sweep, point, queries, method, block)
         search.run(compile)
     best, sizes = search.best, _sizes(sweep, point, method)

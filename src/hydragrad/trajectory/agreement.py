@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hydragrad.errors import message
 from hydragrad.trajectory.fingerprints import batch_digests, describe_batch
+from hydragrad.trajectory.state import State
 
 # Rounding of a loss that is written in another way (a mean inside cross_entropy) stays far below these.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -146,3 +147,23 @@ def _find(fetch: Callable[[Tensor], Any], length: int, examples: int, digest: in
         if len(found):
             return int(ids[int(found[0])])
     return None
+
+
+def state_difference(recorded: State, replayed: State) -> float:
+    """Largest over all tensors of max |a - b| / max |a|; 0.0 only if all are equal bit for bit."""
+    if recorded.optimizer.keys() != replayed.optimizer.keys():
+        return float("inf")
+    pairs = [(recorded.params, replayed.params), (recorded.buffers, replayed.buffers)]
+    pairs += [(recorded.optimizer[name], replayed.optimizer[name]) for name in recorded.optimizer]
+    return max((_difference(a[name], b[name]) for a, b in pairs for name in a), default=0.0)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    b = b.to(a.device)
+    if torch.equal(a, b):
+        return 0.0
+    a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
+    if bool((a.isnan() == b.isnan()).all()) and bool((a.isnan() | (a == b)).all()):
+        return 0.0
+    gap, scale = float((a - b).abs().max()), float(a.abs().max())
+    return gap / scale if scale > 0 and gap == gap else float("inf")

@@ -6,6 +6,7 @@ from typing import Any, final
 
 from torch import Tensor
 
+from hydragrad.trajectory.agreement import state_difference
 from hydragrad.trajectory.replay import Replayer
 from hydragrad.trajectory.state import State, StepRecord
 from hydragrad.trajectory.store import Trajectory
@@ -20,19 +21,6 @@ class Moment:
     state: State
     gradient: dict[str, Tensor]
     batches: list[tuple[Tensor, Any]]
-
-
-def drift_between(a: State, b: State) -> float:
-    """Largest difference of any parameter or float buffer, relative to that tensor's largest entry; 0: bit for bit."""
-    worst = 0.0
-    for name, x in (*a.params.items(), *a.buffers.items()):
-        y = b.params[name] if name in b.params else b.buffers[name]
-        y = y.to(x.device)
-        if x.equal(y):
-            continue
-        difference = float((x.double() - y.double()).abs().max()) / max(float(x.double().abs().max()), 1e-300)
-        worst = max(worst, difference if difference == difference else float("inf"))
-    return worst
 
 
 def advance(replayer: Replayer, record: StepRecord) -> dict[str, Tensor]:
@@ -101,7 +89,7 @@ class Backwards:
             gradient = self._advance(t)
             moments.append((before, gradient))
         if end is not None:
-            self.drift[stop] = drift_between(end, self.replayer.state())
+            self.drift[stop] = state_difference(end, self.replayer.state())
         while moments:
             before, gradient = moments.pop()
             record = self.trajectory.steps[before.step]
