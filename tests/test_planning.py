@@ -238,7 +238,6 @@ def measured_peak(folder: Path, memory: int) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.xfail(strict=False, reason="measuring engines, and adjoints of the sweep before, are not in the budget")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 def test_the_peak_of_a_real_sweep_keeps_to_the_budget(tmp_path):
     """32 adjoints of 8 MB and the engine's work need 500 MB; the budget is 200.

@@ -14,7 +14,7 @@ from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, NonFiniteError, message
 from hydragrad.hypergradient.engines import check_method
 from hydragrad.hypergradient.pages import kept_pages
-from hydragrad.hypergradient.queries import Columns, Queries, group_numbers
+from hydragrad.hypergradient.queries import Columns, Queries, example_ids, group_numbers
 from hydragrad.hypergradient.reverse import Adjoint, hessian_free_sweep, reverse_sweep, start
 from hydragrad.hypergradient.scaled import ScaledEngine
 from hydragrad.hypergradient.sweeping import Sweep
@@ -117,20 +117,10 @@ class Rows:
             return Rows(numbers, torch.arange(height))
         if train is None:
             return Rows(torch.arange(count), torch.arange(count))
-        ids = torch.as_tensor(train, dtype=torch.int64)
-        if (
-            ids.dim() != 1
-            or not len(ids)
-            or len(ids.unique()) != len(ids)
-            or int(ids.min()) < 0
-            or int(ids.max()) >= count
-        ):
+        ids = example_ids(train, count, "train")
+        if len(ids.unique()) != len(ids):
             raise MismatchError(
-                message(
-                    "train does not name examples",
-                    expected=f"different ids from 0 to {count - 1}",
-                    got=ids.tolist()[:8],
-                )
+                message("train names an example twice", expected="different integers", got=ids.tolist()[:8])
             )
         of = torch.full((count,), -1, dtype=torch.int64)
         of[ids] = torch.arange(len(ids))
@@ -237,4 +227,5 @@ def _sweep(sweep: Sweep, asked: Queries, columns: Columns, scores: _Scores, plan
                 reverse_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
             scores.close(chosen)
             watch.drift |= moments.drift
+            del adjoint, moments, common  # before the next block's sensitivities are made
     return watch

@@ -7,6 +7,8 @@ import torch
 
 from hydragrad.errors import UnsupportedError, message
 from hydragrad.hypergradient.choosing import Chosen, choose
+from hydragrad.hypergradient.engines import check_method
+from hydragrad.hypergradient.queries import length_of
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.run import Run
 
@@ -59,7 +61,7 @@ def plan(
     free); ``block``: queries per product (None: measured); ``compile``: use torch.compile (None: where it pays).
     Runs the candidates for a moment on one recorded batch. Example: ``print(hydragrad.plan(run, queries=1000))``.
     """
-    count = queries if isinstance(queries, int) else len(queries)
+    count = queries if isinstance(queries, int) else length_of(queries)
     return plan_sweep(Sweep.of(run, step), count, method, rows=rows, memory=memory, block=block, compile=compile)
 
 
@@ -77,9 +79,10 @@ def plan_sweep(
     for name, value in (("queries", queries), ("block", block), ("memory", memory)):
         if value is not None and value < 1:
             raise UnsupportedError(message(f"{name} is too small", expected="at least 1", got=value))
-    chosen = choose(sweep, queries, method, block=block, compile=compile)
+    check_method(method)
     device = sweep.replayer.device
     budget = memory if memory is not None else _free(device) // 2
+    chosen = choose(sweep, queries, method, memory=budget, block=block, compile=compile)
     rows = sweep.run.num_examples if rows is None else rows
     sizes = chosen.sizes
     result = rows * queries * sizes.number

@@ -17,12 +17,12 @@ from hydragrad.errors import MismatchError, NonFiniteError, StoreError, Unsuppor
 from hydragrad.hypergradient.engines import check_method
 from hydragrad.hypergradient.forward import Tangents, forward_sweep
 from hydragrad.hypergradient.pages import kept_pages
-from hydragrad.hypergradient.queries import Columns, Queries
+from hydragrad.hypergradient.queries import Columns, Queries, example_ids
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.planning import Plan, plan_sweep
 from hydragrad.run import Run, kept_random_state
 from hydragrad.shapes import Float, Int
-from hydragrad.trajectory.format import dumps, loads, write_atomically
+from hydragrad.trajectory.format import dumps, loads, sha256, write_atomically
 from hydragrad.trajectory.moments import forwards
 
 _ABOUT, _VECTORS = "hypergradients.json", "vectors.bin"
@@ -133,13 +133,7 @@ def hypergradients(
     """
     began = time.perf_counter()
     check_method(method)
-    ids = torch.as_tensor(examples, dtype=torch.int64)
-    if ids.dim() != 1 or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= run.num_examples:
-        raise MismatchError(
-            message(
-                "no such examples", expected=f"ids from 0 to {run.num_examples - 1}", got=ids.flatten().tolist()[:8]
-            )
-        )
+    ids = example_ids(examples, run.num_examples, "examples")
     sweep = Sweep.of(run, step)
     with kept_random_state(), kept_pages():
         plan = plan_sweep(sweep, len(ids), method, rows=1, memory=memory, block=block, compile=compile)
@@ -217,4 +211,5 @@ def _mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _identity(run: Run) -> str:
     """What tells one recorded run from another: its gradients."""
-    return " ".join(f"{float(x):.17g}" for record in run.steps[:2] for x in record.fingerprint) + f" {run.num_steps}"
+    gradients = torch.stack([record.fingerprint for record in run.steps]).to("cpu", torch.float64)
+    return sha256(gradients.numpy().tobytes())

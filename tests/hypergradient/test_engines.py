@@ -156,7 +156,7 @@ class Wrong(Engine):
 def test_an_engine_that_disagrees_is_not_used(sweep, monkeypatch):
     monkeypatch.setattr("hydragrad.hypergradient.choosing.candidates", lambda method, objective: (Wrong(objective),))
     monkeypatch.setattr("hydragrad.hypergradient.choosing._SHARE", 1e9)
-    chosen = choose(sweep, 4, "exact", block=None, compile=False)
+    chosen = choose(sweep, 4, "exact", memory=2**40, block=None, compile=False)
     assert isinstance(chosen.engine, exact.DoubleBackward)
     assert any("disagrees" in reason for reason in chosen.reasons)
 

@@ -66,15 +66,20 @@ class Chosen:
         return replace(self, block=min(self.block, carried))
 
 
-def choose(sweep: Sweep, queries: int, method: str, *, block: int | None, compile: bool | None) -> Chosen:
-    """Measure engines of ``method`` on a recorded batch until measuring would cost more than it saves."""
+def choose(sweep: Sweep, queries: int, method: str, *, memory: int, block: int | None, compile: bool | None) -> Chosen:
+    """Measure engines of ``method`` on a recorded batch until measuring would cost more than it saves.
+
+    Blocks that are tried take at most half of ``memory`` (bytes), what is chosen as well.
+    """
     point, replay = _probe_point(sweep)
     with sweep.objective.differentiable():
         if method == "gauss-newton":
             sweep.objective.check_split(point)
-        search = _Search(sweep, point, queries, method, block)
+        sizes = _sizes(sweep, point, method)
+        widest = max(1, memory // 2 // sizes.engine)
+        search = _Search(sweep, point, queries, widest, method, block)
         search.run(compile)
-    best, sizes = search.best, _sizes(sweep, point, method)
+    best = search.best
     return Chosen(best.engine, best.block, best.per_query, replay, sizes, tuple(search.reasons), point)
 
 
@@ -82,8 +87,9 @@ def choose(sweep: Sweep, queries: int, method: str, *, block: int | None, compil
 class _Search:
     """The best engine and block size found so far, starting from the reference: plain autograd."""
 
-    def __init__(self, sweep: Sweep, point: Point, queries: int, method: str, block: int | None) -> None:
-        self.objective, self.point, self.queries, self.method = sweep.objective, point, queries, method
+    def __init__(self, sweep: Sweep, point: Point, queries: int, widest: int, method: str, block: int | None) -> None:
+        self.objective, self.point, self.method = sweep.objective, point, method
+        self.total, self.queries = queries, min(queries, widest)
         self.device = sweep.replayer.device
         self.steps = sweep.stop
         self.memo: dict[Any, Any] = sweep.run.memo
@@ -116,7 +122,7 @@ class _Search:
         self._climb(first)
         if plain and self.method != "hessian-free" and compile is not False:
             engine = plain[0][1]
-            half = 0.5 * self.steps * self.queries * self.best.per_query
+            half = 0.5 * self.steps * self.total * self.best.per_query
             if compile or half > _COMPILE_SECONDS or ("compiled", engine.name) in self.memo:
                 self._try(self._traced(engine, compile=True), self.best.block, forced=bool(compile))
 
@@ -152,7 +158,7 @@ class _Search:
         """Whether another ``seconds`` of measuring are small against what is still to be done."""
         share = _SHARE if share is None else share
         spent = time.perf_counter() - self.began
-        return spent + seconds < share * self.steps * self.queries * self.best.per_query
+        return spent + seconds < share * self.steps * self.total * self.best.per_query
 
     def _try(self, engine: Engine | ScaledEngine, size: int, *, forced: bool = False) -> Timed | None:
         """Compare an engine with the reference, time it at a size, keep it if it is the best."""
@@ -231,7 +237,7 @@ def _sizes(sweep: Sweep, point: Point, method: str) -> Sizes:
         number=number,
         adjoint=size if method == "hessian-free" else size + state_slots,
         state=2 * size + state_slots + rest,
-        # gam, C gam, and for adaptive optimizers the update's successors
-        engine=factor * activations + 2 * size + (0 if sweep.optimizer.update.linear else size + state_slots),
+        # gam, its parts that the engine copies, C gam; for adaptive optimizers the update's successors (measured)
+        engine=factor * activations + 5 * size + (0 if sweep.optimizer.update.linear else size + state_slots),
         longest=max(b - a for a, b in itertools.pairwise(marks)),
     )

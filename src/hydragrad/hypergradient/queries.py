@@ -41,6 +41,15 @@ class Columns:
         if isinstance(aggregate, str) and aggregate in ("mean", "sum"):
             factor = 1.0 / queries if aggregate == "mean" else 1.0
             return Columns(torch.zeros(queries, dtype=torch.int64), torch.full((queries,), factor), 1)
+        if isinstance(aggregate, str):
+            raise MismatchError(
+                message(
+                    "unknown aggregate",
+                    expected="'mean' or 'sum', or a group number for every query",
+                    got=repr(aggregate),
+                    remedy="combine queries otherwise with a measurement of your own",
+                )
+            )
         return Columns(*group_numbers(aggregate, queries, "aggregate", "query"))
 
     def of_block(self, columns: slice) -> Tensor:
@@ -64,6 +73,21 @@ def group_numbers(groups: Any, length: int, argument: str, what: str) -> tuple[T
     return numbers, torch.ones(length), int(numbers.max()) + 1
 
 
+def example_ids(given: Any, count: int, argument: str) -> Tensor:
+    """Positions of training examples, int64 [n], refused unless integers from 0 to ``count`` - 1."""
+    ids = torch.as_tensor(given)
+    if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= count:
+        raise MismatchError(
+            message(
+                f"{argument} does not name training examples",
+                expected=f"integers from 0 to {count - 1}",
+                got=ids.tolist() if ids.numel() <= 8 else f"{ids.flatten()[:8].tolist()} and more",
+                remedy="name examples by their positions in the training data",
+            )
+        )
+    return ids.to("cpu", torch.int64)
+
+
 @final
 class Queries:
     """m_j(w, v): the measurement of every query with given parameters, in evaluation mode.
@@ -80,7 +104,7 @@ class Queries:
         device: torch.device,
         mode: str,
     ) -> None:
-        self.count = _length(data)
+        self.count = length_of(data)
         self.device = device
         self._objective = Objective(
             replace(problem, loss=measurement or problem.loss), _evaluation(problem.model), names
@@ -154,7 +178,8 @@ def _evaluation(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval()
 
 
-def _length(data: Any) -> int:
+def length_of(data: Any) -> int:
+    """How many queries there are; refused for what has no length."""
     try:
         return len(data)
     except TypeError as error:

@@ -97,10 +97,11 @@ class Sweep:
                     remedy="train with dropout 0, and augment in the data set deterministically",
                 )
             )
-        first = self.run.trajectory.state(0)
-        last = self.run.trajectory.state(self.run.trajectory.nearest(self.stop))
-        for name, buffer in first.buffers.items():
-            if buffer.is_floating_point() and not torch.equal(buffer, last.buffers[name]):
+        first = self.run.trajectory.state(0).buffers
+        carried = [name for name, buffer in first.items() if buffer.is_floating_point()]
+        last = self.end().buffers if carried else {}
+        for name in carried:
+            if not torch.equal(first[name].cpu(), last[name].cpu()):
                 raise UnsupportedError(
                     message(
                         f"training changed the buffer {name!r}",
