@@ -324,7 +324,7 @@ BAD_IDS = {
     "too large": [0, N_TRAIN],
     "negative": [-1, 2],
     "none": [],
-    "fractions": [0.5, 1.5],
+    "fractions": torch.tensor([0.5, 1.5]),
     "table": torch.zeros(1, 1, dtype=torch.int64),
 }
 
