@@ -22,7 +22,7 @@ from hydragrad.trajectory.state import State
 _SHARE = 0.15
 """Part of the predicted time that measuring may take."""
 _BLOCKS = (1, 4, 16, 64, 128)
-_START, _WIDEST = 16, 512
+_START, _WIDEST, _COMPILED_BLOCK = 16, 512, 64
 _TRACING, _TRACING_SHARE = 40, 0.35
 """Tracing costs about this many runs of what is traced, and is worth up to this part of the predicted time."""
 _COMPILE_SECONDS = 40.0
@@ -123,8 +123,11 @@ class _Search:
         if plain and self.method != "hessian-free" and compile is not False:
             engine = self._fusible(plain)
             half = 0.5 * self.steps * self.total * self.best.per_query
-            if compile or half > _COMPILE_SECONDS or ("compiled", engine.name) in self.memo:
-                self._try(self._traced(engine, compile=True), self.best.block, forced=bool(compile))
+            # one size, whatever was measured: a compiled graph holds for its block, and serves later calls
+            block = self.fixed or self._balanced(_COMPILED_BLOCK)
+            key = ("compiled", engine.name, block)
+            if compile or half > _COMPILE_SECONDS or key in self.memo:
+                self._try(self._kept(key, lambda: Traced(engine, compile=True)), block, forced=bool(compile))
 
     @staticmethod
     def _fusible(plain: list[tuple[float, Engine]]) -> Engine:
@@ -137,9 +140,8 @@ class _Search:
             self.memo[key] = make()
         return self.memo[key]
 
-    def _traced(self, engine: Engine, *, compile: bool = False) -> Traced:
-        key = ("compiled" if compile else "traced", engine.name)
-        return self._kept(key, lambda: Traced(engine, compile=compile))
+    def _traced(self, engine: Engine) -> Traced:
+        return self._kept(("traced", engine.name), lambda: Traced(engine))
 
     def _climb(self, first: int) -> None:
         """Larger block sizes of the best engine; if none is better, smaller ones."""
