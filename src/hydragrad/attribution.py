@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, StoreError, message
+from hydragrad.files import load_tensors, save_tensors, write_atomically
 from hydragrad.shapes import Float, Int
-from hydragrad.trajectory.format import load_tensors, save_tensors, write_atomically
 
 if TYPE_CHECKING:
     import pandas

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from hydragrad.attribution import Attribution
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, NonFiniteError, StoreError, UnsupportedError, message
+from hydragrad.files import dumps, loads, sha256, write_atomically
 from hydragrad.hypergradient.engines import check_method
 from hydragrad.hypergradient.forward import Tangents, forward_sweep
 from hydragrad.hypergradient.pages import kept_pages
@@ -22,7 +23,6 @@ from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.planning import Plan, plan_sweep
 from hydragrad.run import Run, kept_random_state
 from hydragrad.shapes import Float, Int
-from hydragrad.trajectory.format import dumps, loads, sha256, write_atomically
 from hydragrad.trajectory.moments import forwards
 
 _ABOUT, _VECTORS = "hypergradients.json", "vectors.bin"

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from hydragrad.errors import StoreError
-from hydragrad.trajectory.format import dumps, from_json, loads, to_json
+from hydragrad.files import dumps, from_json, loads, to_json
 from hydragrad.trajectory.recording import record
 from hydragrad.trajectory.store import Trajectory
 from hydragrad.verification import verify

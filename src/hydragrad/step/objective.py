@@ -78,7 +78,7 @@ class Objective:
     def loss_shape(self, params: Vectors, rest: dict[str, Tensor], batch: Any, examples: int) -> torch.Size:
         """The shape of the losses of a batch, found by running it once for every form of batch."""
         leaves, structure = pytree.tree_flatten(batch)
-        key = (examples, str(structure), tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves))
+        key = (examples, structure, tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves))
         if key not in self._shapes:
             losses = self.losses(params, rest, batch)
             self._shapes[key] = self.problem.checked(losses, examples).shape

@@ -52,11 +52,6 @@ class BatchSource:
             self._rows.put(ids, batch)
         return to_device(batch, self.device)
 
-    @property
-    def caches(self) -> bool:
-        """Whether a batch may come from a cache, so that a doubt about it deserves a second, fresh look."""
-        return self._rows is not None or self._tensors is not None
-
     def _collated(self, ids: Sequence[int]) -> Any:
         try:
             if self._mode == "index":

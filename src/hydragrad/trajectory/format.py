@@ -5,83 +5,18 @@ the hash of what precedes it), ``steps/NNNNNNNN.safetensors`` and ``checkpoints/
 pickled. The journal alone says which files count: whatever a killed run left beside it is ignored.
 """
 
-import hashlib
-import json
-import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as safetensors_load
-from safetensors.torch import save as safetensors_save
-from torch import Tensor
 
-from hydragrad.errors import StoreError, UnsupportedError, message
+from hydragrad.errors import StoreError
+from hydragrad.files import broken_file, dumps, load_tensors, save_tensors, sha256, write_atomically
 from hydragrad.trajectory.state import State, StepRecord
 
 VERSION = 1
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", "recording.lock"
-
-
-def to_json(value: Any) -> Any:
-    """Plain JSON for numbers (also NaN and infinities), strings, None, tuples, lists and string-keyed dicts."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"$float": repr(value)}
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    if isinstance(value, tuple):
-        return {"$tuple": [to_json(part) for part in value]}
-    if isinstance(value, list):
-        return [to_json(part) for part in value]
-    if isinstance(value, dict):
-        return {str(key): to_json(part) for key, part in value.items()}
-    raise UnsupportedError(
-        message(
-            "a value cannot be recorded",
-            expected="numbers, strings, None, tuples, lists, dicts of these",
-            got=f"{type(value).__name__}: {str(value)[:60]}",
-        )
-    )
-
-
-def from_json(value: Any) -> Any:
-    """Inverse of ``to_json``."""
-    if isinstance(value, dict):
-        if set(value) == {"$float"}:
-            return float(value["$float"])
-        if set(value) == {"$tuple"}:
-            return tuple(from_json(part) for part in value["$tuple"])
-        return {key: from_json(part) for key, part in value.items()}
-    return [from_json(part) for part in value] if isinstance(value, list) else value
-
-
-def dumps(value: Any) -> str:
-    """One line of strict JSON."""
-    return json.dumps(to_json(value), allow_nan=False, separators=(",", ":"))
-
-
-def loads(text: str | bytes) -> Any:
-    """Inverse of ``dumps``."""
-    return from_json(json.loads(text))
-
-
-def sha256(data: bytes) -> str:
-    """Hex digest."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file, or nothing: a reader (or a kill) never sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 @final
@@ -107,43 +42,19 @@ class FileRef:
         """Refuse a missing or truncated file, by name (cheap: nothing is read)."""
         path = folder / self.name
         if not path.is_file():
-            raise StoreError(_broken(path, "is missing", f"a file of {self.size} bytes", "nothing"))
+            raise StoreError(broken_file(path, "is missing", f"a file of {self.size} bytes", "nothing"))
         if path.stat().st_size != self.size:
-            raise StoreError(_broken(path, "has the wrong size", f"{self.size} bytes", f"{path.stat().st_size} bytes"))
+            raise StoreError(
+                broken_file(path, "has the wrong size", f"{self.size} bytes", f"{path.stat().st_size} bytes")
+            )
 
     def read(self, folder: Path) -> bytes:
         """The file's bytes; refused by name if they are not what was written."""
         self.check_size(folder)
         data = (folder / self.name).read_bytes()
         if sha256(data) != self.sha256:
-            raise StoreError(_broken(folder / self.name, "was altered", f"SHA-256 {self.sha256}", sha256(data)))
+            raise StoreError(broken_file(folder / self.name, "was altered", f"SHA-256 {self.sha256}", sha256(data)))
         return data
-
-
-def _broken(path: Path, what: str, expected: str, got: str) -> str:
-    return message(
-        f"{path} {what}",
-        expected=expected,
-        got=got,
-        cause="the file was edited, swapped, deleted or only partly copied after recording",
-        remedy="copy the run's folder again, or record the run again",
-    )
-
-
-def save_tensors(tensors: dict[str, Tensor], tables: dict[str, Any]) -> bytes:
-    """Named tensors and JSON tables as one safetensors file."""
-    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    return safetensors_save(plain, {"tables": dumps(tables)})
-
-
-def load_tensors(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Inverse of ``save_tensors`` (``data``: the verified bytes of ``path``)."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tables = loads((file.metadata() or {})["tables"])
-        return safetensors_load(data), tables
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise StoreError(_broken(path, "cannot be read", "a safetensors file with tables", str(error))) from error
 
 
 def encode_state(state: State) -> bytes:

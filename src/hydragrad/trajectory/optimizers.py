@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from hydragrad.errors import MismatchError, UnsupportedError, message
-from hydragrad.trajectory.format import dumps
+from hydragrad.files import dumps
 from hydragrad.trajectory.state import Hyper
 
 

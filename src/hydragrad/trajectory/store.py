@@ -7,16 +7,8 @@ from pathlib import Path
 from typing import Any, final
 
 from hydragrad.errors import MismatchError, StoreError, message
-from hydragrad.trajectory.format import (
-    JOURNAL,
-    MANIFEST,
-    VERSION,
-    FileRef,
-    decode_state,
-    decode_steps,
-    loads,
-    sha256,
-)
+from hydragrad.files import loads, sha256
+from hydragrad.trajectory.format import JOURNAL, MANIFEST, VERSION, FileRef, decode_state, decode_steps
 from hydragrad.trajectory.state import Manifest, State, StepRecord
 
 

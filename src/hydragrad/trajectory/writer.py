@@ -7,18 +7,8 @@ from pathlib import Path
 from typing import Any, final
 
 from hydragrad.errors import StoreError, message
-from hydragrad.trajectory.format import (
-    JOURNAL,
-    LOCK,
-    MANIFEST,
-    FileRef,
-    dumps,
-    encode_state,
-    encode_steps,
-    loads,
-    sha256,
-    write_atomically,
-)
+from hydragrad.files import dumps, loads, sha256, write_atomically
+from hydragrad.trajectory.format import JOURNAL, LOCK, MANIFEST, FileRef, encode_state, encode_steps
 from hydragrad.trajectory.state import Manifest, State, StepRecord
 
 
