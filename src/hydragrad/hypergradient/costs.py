@@ -31,6 +31,21 @@ class Timed:
         return self.seconds / self.block
 
 
+def quick_seconds(work: Callable[[], object], device: torch.device, least: float = 0.005) -> float:
+    """The shortest of a few runs that take ``least`` seconds together, at least two; whoever calls has warmed it up."""
+    best, spent, runs = float("inf"), 0.0, 0
+    while runs < 2 or (spent < least and runs < 8):
+        synchronize(device)
+        began = time.perf_counter()
+        work()
+        synchronize(device)
+        took = time.perf_counter() - began
+        best, spent, runs = min(best, took), spent + took, runs + 1
+        if took > 2.0:  # long enough to be its own measurement
+            break
+    return best
+
+
 def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
     """The shortest of a few runs, after one to warm up."""
     best = float("inf")

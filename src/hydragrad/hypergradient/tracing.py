@@ -5,10 +5,12 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.simplify import simplified
 from hydragrad.step.objective import Point, Vectors
 
 _MOST_GRAPHS = 16
@@ -22,7 +24,7 @@ class TracedFunction:
     """A pure function of pytrees, run through graphs traced by ``make_fx``, one for every combination of shapes.
 
     Function transforms (vmap of jvp of grad) cost tens of microseconds an operation in Python; the traced graph has
-    the same operations without them. A graph holds for one form of input only, and values that Python reads out of
+    the same operations without them, and what they compute twice is computed once. A graph holds for one form of input only, and values that Python reads out of
     tensors would be frozen into it: tracing refuses those, and whoever chooses an engine compares it with plain
     autograd. ``compile``: hand the graph to torch.compile, which fuses it.
     """
@@ -34,17 +36,17 @@ class TracedFunction:
         self._graphs: dict[Any, tuple[Callable[..., Any], Any]] = {}
 
     def __call__(self, *inputs: Any) -> Any:
-        leaves, structure = pytree.tree_flatten(inputs)
-        key = (structure, tuple(_kind(leaf) for leaf in leaves))
+        tensors: list[Tensor] = []
+        key = _form(inputs, tensors)
         if key not in self._graphs:
             self._seen[key] = self._seen.get(key, 0) + 1
             rare = self._graphs and self._seen[key] < _RARE
             if rare or len(self._graphs) >= _MOST_GRAPHS:
                 return self.function(*inputs)
-            self._graphs[key] = self._trace(leaves, structure)
+            self._graphs[key] = self._trace(*pytree.tree_flatten(inputs))
         graph, form = self._graphs[key]
         with torch.no_grad():
-            return pytree.tree_unflatten(graph(*(leaf for leaf in leaves if isinstance(leaf, Tensor))), form)
+            return pytree.tree_unflatten(graph(*tensors), form)
 
     def _trace(self, leaves: list[Any], structure: Any) -> tuple[Callable[..., Any], Any]:
         forms: list[Any] = []
@@ -56,9 +58,7 @@ class TracedFunction:
             forms.append(form)
             return out
 
-        graph = make_fx(flat)(*(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)))
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
+        graph = simplified(_functional_graph(flat, [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]))
         compiled = self.compile and not self._graphs  # only the usual form: compiling takes tens of seconds
         return torch.compile(graph, dynamic=False) if compiled else graph, forms[-1]
 
@@ -87,11 +87,28 @@ class Traced(Engine):
         return f"<{self.engine.method} engine {self.engine.name}, {'compiled' if self.function.compile else 'traced'}>"
 
 
-def _kind(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return (tuple(leaf.shape), leaf.dtype, leaf.device)
+def _functional_graph(flat: Callable[..., list[Any]], tensors: list[Tensor]) -> GraphModule:
+    """The traced graph, changes in place rewritten where torch can."""
     try:
-        hash(leaf)
-    except TypeError:
-        return repr(leaf)
-    return leaf
+        return make_fx(torch.func.functionalize(flat))(*tensors)
+    except (RuntimeError, NotImplementedError):
+        return make_fx(flat)(*tensors)
+
+
+def _form(value: Any, tensors: list[Tensor]) -> Any:
+    """What a graph holds for: structure, shapes and values that are no tensors. Collects ``tensors`` as pytree does."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return (value.shape, value.dtype, value.device)
+    if type(value) in (tuple, list):
+        return (type(value), *[_form(part, tensors) for part in value])
+    if type(value) is dict:
+        return (dict, *[(key, _form(part, tensors)) for key, part in value.items()])
+    leaves, structure = pytree.tree_flatten(value)
+    if len(leaves) == 1 and leaves[0] is value:
+        try:
+            hash(value)
+        except TypeError:
+            return repr(value)
+        return (type(value), value)
+    return (structure, *[_form(leaf, tensors) for leaf in leaves])

@@ -23,9 +23,9 @@ class Moment:
     batches: list[tuple[Tensor, Any]]
 
 
-def advance(replayer: Replayer, record: StepRecord) -> dict[str, Tensor]:
+def advance(replayer: Replayer, record: StepRecord, *, compare: bool = True) -> dict[str, Tensor]:
     """Take one step; its gradient by parameter name (absent: no gradient came)."""
-    replayer.advance(record)
+    replayer.advance(record, compare=compare)
     params = replayer.module.named_parameters()
     return {name: p.grad for name, p in params if p.grad is not None and name not in record.without_grad}
 
@@ -36,7 +36,7 @@ def forwards(replayer: Replayer, trajectory: Trajectory, stop: int) -> Iterator[
     for record in trajectory.steps[:stop]:
         before = replayer.state()
         gradient = advance(replayer, record)
-        yield Moment(record, before, gradient, replayer.batches(record, again=True))
+        yield Moment(record, before, gradient, replayer.batches(record, compare=False))
 
 
 @final
@@ -46,6 +46,9 @@ class Backwards:
     Every stretch between two checkpoints is replayed forwards, then handed out backwards. At most about ``most``
     states are kept at a time: longer stretches are cut by states in memory, and replayed once more.
     ``drift``: step of a checkpoint -> how far the replay ended from it.
+
+    A stretch that ends in the recorded state bit for bit had the recorded batches and gradients. Where one does not,
+    it and all that follow are replayed with every batch and gradient compared, so that a refusal names the step.
     """
 
     def __init__(self, replayer: Replayer, trajectory: Trajectory, stop: int, most: int) -> None:
@@ -55,6 +58,7 @@ class Backwards:
         self.most = max(most, 2)
         self.drift: dict[int, float] = {}
         self.replayed = 0
+        self._compare = False
 
     def __iter__(self) -> Iterator[Moment]:
         marks = [t for t in self.trajectory.checkpoints if t < self.stop]
@@ -75,26 +79,33 @@ class Backwards:
         cuts = [state]
         self.replayer.restore(state)
         for t in range(state.step, state.step + (length - 1) // piece * piece):
-            self._advance(t)
+            self._advance(t, compare=False)
             if (self.replayer.step - state.step) % piece == 0:
                 cuts.append(self.replayer.state())
         for cut in reversed(cuts):
             yield from self._stretch(cut, min(cut.step + piece, stop), end if cut is cuts[-1] else None)
 
     def _short(self, state: State, stop: int, end: State | None) -> Iterator[Moment]:
+        moments = self._replayed(state, stop, compare=self._compare or end is None)
+        if end is not None:
+            self.drift[stop] = state_difference(end, self.replayer.state())
+            if self.drift[stop] and not self._compare:
+                self._compare = True
+                moments = self._replayed(state, stop, compare=True)
+        while moments:
+            before, gradient = moments.pop()
+            record = self.trajectory.steps[before.step]
+            yield Moment(record, before, gradient, self.replayer.batches(record, compare=False))
+
+    def _replayed(self, state: State, stop: int, *, compare: bool) -> list[tuple[State, dict[str, Tensor]]]:
+        """The state before each step, and its gradient."""
         self.replayer.restore(state)
         moments = []
         for t in range(state.step, stop):
             before = state if t == state.step else self.replayer.state()
-            gradient = self._advance(t)
-            moments.append((before, gradient))
-        if end is not None:
-            self.drift[stop] = state_difference(end, self.replayer.state())
-        while moments:
-            before, gradient = moments.pop()
-            record = self.trajectory.steps[before.step]
-            yield Moment(record, before, gradient, self.replayer.batches(record, again=True))
+            moments.append((before, self._advance(t, compare=compare)))
+        return moments
 
-    def _advance(self, t: int) -> dict[str, Tensor]:
+    def _advance(self, t: int, *, compare: bool) -> dict[str, Tensor]:
         self.replayed += 1
-        return advance(self.replayer, self.trajectory.steps[t])
+        return advance(self.replayer, self.trajectory.steps[t], compare=compare)

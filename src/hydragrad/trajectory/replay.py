@@ -83,22 +83,20 @@ class Replayer:
         """Where it stands, as detached clones."""
         return capture_state(self._step, self._params, self._buffers, self._optimizer)
 
-    def batches(self, step: StepRecord, *, again: bool = False) -> list[tuple[Tensor, Any]]:
-        """(ids, batch) of each micro-batch of a step, on the device; with ``check`` its content is compared.
-
-        ``again``: the content was compared a moment ago, when the step was taken.
-        """
+    def batches(self, step: StepRecord, *, compare: bool = True) -> list[tuple[Tensor, Any]]:
+        """(ids, batch) of each micro-batch of a step, on the device; with ``compare`` its content is compared."""
         made = []
         for ids, digests in zip(step.batches, step.digests, strict=True):
             batch = self.source.fetch(ids)
-            if self._check and not again and not _same(digests, batch, ids):
+            if self._check and compare and not _same(digests, batch, ids):
                 batch = self._second_look(ids, digests, step.index)
             made.append((ids, batch))
         return made
 
-    def advance(self, step: StepRecord, weights: Tensor | None = None) -> None:
+    def advance(self, step: StepRecord, weights: Tensor | None = None, *, compare: bool = True) -> None:
         """Take one whole step; ``weights`` [N] multiply the losses of the examples (1: as trained, 0: removed).
 
+        ``compare`` False leaves comparing to the caller, who has a recorded state to compare the end with.
         Raises MismatchError if ``step`` is not the next one, if the batch, or without weights the gradient, is not
         the recorded one; NonFiniteError for weights that are not finite.
         """
@@ -110,14 +108,14 @@ class Replayer:
         for param in self._params.values():
             param.grad = None
         with self._quiet(step), torch.enable_grad():
-            for ids, batch in self.batches(step):
+            for ids, batch in self.batches(step, compare=compare):
                 losses = self._problem.losses(self.module, batch, len(ids))
                 chosen = None if weights is None else weights[ids]
                 self._problem.reduction.scalar(batch, losses, chosen).backward()
         for param in self._trained:
             if param.grad is None:  # unreached now, yet the recorded gradient was zeros and took part in the step
                 param.grad = torch.zeros_like(param)
-        if weights is None and (self._check or step.random):
+        if weights is None and ((self._check and compare) or step.random):
             self._compare(step)
         self._optimizer.step()
         self._step += 1
