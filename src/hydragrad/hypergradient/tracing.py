@@ -1,6 +1,7 @@
 """A computation recorded once as a flat graph of tensor operations, then run without Python's overhead."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, final
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.curvature import Engine, Products
 from hydragrad.step.objective import Point, Vectors
 
 _MOST_GRAPHS = 16
@@ -31,6 +32,7 @@ class TracedFunction:
         self.function = function
         self.compile = compile
         self._seen: dict[Any, int] = {}
+        self._untraceable: set[Any] = set()
         self._graphs: dict[Any, tuple[Callable[..., Any], Any]] = {}
 
     def __call__(self, *inputs: Any) -> Any:
@@ -39,9 +41,15 @@ class TracedFunction:
         if key not in self._graphs:
             self._seen[key] = self._seen.get(key, 0) + 1
             rare = self._graphs and self._seen[key] < _RARE
-            if rare or len(self._graphs) >= _MOST_GRAPHS:
+            if rare or len(self._graphs) >= _MOST_GRAPHS or key in self._untraceable:
                 return self.function(*inputs)
-            self._graphs[key] = self._trace(leaves, structure)
+            try:
+                self._graphs[key] = self._trace(leaves, structure)
+            except RuntimeError:
+                if not self._graphs:
+                    raise
+                self._untraceable.add(key)  # what this form does in Python stays there: other modes, other layers
+                return self.function(*inputs)
         graph, form = self._graphs[key]
         with torch.no_grad():
             return pytree.tree_unflatten(graph(*(leaf for leaf in leaves if isinstance(leaf, Tensor))), form)
@@ -75,13 +83,12 @@ class Traced(Engine):
         self.engine = engine
         self.function = TracedFunction(self._products, compile=compile)
 
-    def products(self, point: Point, gam: Vectors) -> tuple[Vectors | None, Tensor]:
-        return self.function(point.params, point.rest, point.batch, point.coefficients, point.weights, gam)
+    def products(self, point: Point, gam: Vectors, bet: Vectors = ()) -> Products:
+        given = tuple(getattr(point, field.name) for field in fields(Point))
+        return self.function(self.objective.mode, given, gam, bet)
 
-    def _products(
-        self, params: Vectors, rest: dict[str, Tensor], batch: Any, coefficients: Tensor, weights: Tensor, gam: Vectors
-    ) -> tuple[Vectors | None, Tensor]:
-        return self.engine.products(Point(params, rest, batch, coefficients, weights), gam)
+    def _products(self, mode: int, given: tuple[Any, ...], gam: Vectors, bet: Vectors) -> Products:
+        return self.engine.products(Point(*given), gam, bet)
 
     def __repr__(self) -> str:
         return f"<{self.engine.method} engine {self.engine.name}, {'compiled' if self.function.compile else 'traced'}>"

@@ -7,6 +7,7 @@ from typing import Any, final
 from torch import Tensor
 
 from hydragrad.trajectory.agreement import state_difference
+from hydragrad.trajectory.randomness import RandomState
 from hydragrad.trajectory.replay import Replayer
 from hydragrad.trajectory.state import State, StepRecord
 from hydragrad.trajectory.store import Trajectory
@@ -15,12 +16,16 @@ from hydragrad.trajectory.store import Trajectory
 @final
 @dataclass(frozen=True)
 class Moment:
-    """One step revisited: its record, the state before it, its gradient by parameter name, its micro-batches."""
+    """One step revisited: its record, the state before it, its gradient by parameter name, its micro-batches.
+
+    ``random``: the state that each micro-batch's random numbers were drawn from, None where none were.
+    """
 
     record: StepRecord
     state: State
     gradient: dict[str, Tensor]
     batches: list[tuple[Tensor, Any]]
+    random: tuple[RandomState | None, ...] = ()
 
 
 def advance(replayer: Replayer, record: StepRecord) -> dict[str, Tensor]:
@@ -36,7 +41,7 @@ def forwards(replayer: Replayer, trajectory: Trajectory, stop: int) -> Iterator[
     for record in trajectory.steps[:stop]:
         before = replayer.state()
         gradient = advance(replayer, record)
-        yield Moment(record, before, gradient, replayer.batches(record, again=True))
+        yield Moment(record, before, gradient, replayer.batches(record, again=True), replayer.random)
 
 
 @final
@@ -87,13 +92,13 @@ class Backwards:
         for t in range(state.step, stop):
             before = state if t == state.step else self.replayer.state()
             gradient = self._advance(t)
-            moments.append((before, gradient))
+            moments.append((before, gradient, self.replayer.random))
         if end is not None:
             self.drift[stop] = state_difference(end, self.replayer.state())
         while moments:
-            before, gradient = moments.pop()
+            before, gradient, random = moments.pop()
             record = self.trajectory.steps[before.step]
-            yield Moment(record, before, gradient, self.replayer.batches(record, again=True))
+            yield Moment(record, before, gradient, self.replayer.batches(record, again=True), random)
 
     def _advance(self, t: int) -> dict[str, Tensor]:
         self.replayed += 1
