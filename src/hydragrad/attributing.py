@@ -63,7 +63,13 @@ def attribute(
     sweep = Sweep.of(run, step)
     manifest = run.trajectory.manifest
     asked = Queries(
-        run.problem, queries, sweep.objective.names, measurement, sweep.replayer.device, manifest.collate["mode"]
+        run.problem,
+        queries,
+        sweep.objective.names,
+        measurement,
+        sweep.replayer.device,
+        manifest.collate["mode"],
+        sweep.objective.carried,
     )
     columns = Columns.make(
         aggregate if isinstance(aggregate, str) or aggregate is None else torch.as_tensor(aggregate), asked.count
@@ -215,7 +221,9 @@ def _sweep(sweep: Sweep, asked: Queries, columns: Columns, scores: _Scores, plan
     with watch.bar, sweep.objective.differentiable():
         for first in range(0, columns.count, plan.carried):
             chosen = slice(first, min(first + plan.carried, columns.count))
-            adjoint = start(asked.sensitivities(end, columns, chosen), slots)
+            slopes, of_buffers = asked.sensitivities(end, columns, chosen)
+            adjoint = start(slopes, slots, of_buffers)
+            del slopes, of_buffers
             scores.open(chosen, device)
             moments = Backwards(sweep.replayer, sweep.run.trajectory, sweep.stop, plan.segment)
             common = (adjoint, min(plan.block, chosen.stop - chosen.start), scores.add, watch)

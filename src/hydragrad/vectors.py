@@ -25,7 +25,7 @@ from hydragrad.run import Run, kept_random_state
 from hydragrad.shapes import Float, Int
 from hydragrad.trajectory.moments import forwards
 
-_ABOUT, _VECTORS = "hypergradients.json", "vectors.bin"
+_ABOUT, _VECTORS, _BUFFERS = "hypergradients.json", "vectors.bin", "buffers.bin"
 _FORMAT = 1
 
 
@@ -35,7 +35,8 @@ class Hypergradients:
     """dw_T/d eps_i of n examples, and scores of any queries from them.
 
     ``vectors`` [n, P]: the trained parameters in the model's order, flattened (memory-mapped if kept on disk);
-    ``examples`` [n]: their positions in the training data; ``step``: whose parameters these are derivatives of.
+    ``examples`` [n]: their positions in the training data; ``step``: whose parameters these are derivatives of;
+    ``buffers`` [n, Q]: dv_T/d eps_i of the buffers that training changed (BatchNorm's statistics; Q = 0 without any).
     """
 
     run: Run
@@ -44,6 +45,7 @@ class Hypergradients:
     method: str
     step: int
     diagnostics: Diagnostics
+    buffers: Float[Tensor, "n Q"]
 
     def __repr__(self) -> str:
         return f"Hypergradients({len(self.examples)} examples, {self.vectors.shape[1]} parameters, {self.method})"
@@ -55,12 +57,13 @@ class Hypergradients:
         measurement: Callable[[nn.Module, Any], Tensor] | None = None,
         aggregate: str | Tensor | Sequence[int] | None = None,
     ) -> Attribution:
-        """score[i, j] = - grad m_j(w_T) . dw_T/d eps_i, [n, M]; arguments as in ``attribute``."""
+        """score[i, j] = - (dm_j/dw . dw_T/d eps_i + dm_j/dv . dv_T/d eps_i), [n, M]; arguments as in ``attribute``."""
         began = time.perf_counter()
         sweep = Sweep.of(self.run, self.step)
         mode = self.run.trajectory.manifest.collate["mode"]
         device = sweep.replayer.device
-        asked = Queries(self.run.problem, queries, sweep.objective.names, measurement, device, mode)
+        names, carried = sweep.objective.names, sweep.objective.carried
+        asked = Queries(self.run.problem, queries, names, measurement, device, mode, carried)
         columns = Columns.make(
             aggregate if isinstance(aggregate, str) or aggregate is None else torch.as_tensor(aggregate), asked.count
         )
@@ -69,9 +72,15 @@ class Hypergradients:
             end = sweep.end()
             for first in range(0, columns.count, 64):
                 chosen = slice(first, min(first + 64, columns.count))
-                slopes = torch.cat([x.flatten(1) for x in asked.sensitivities(end, columns, chosen)], dim=1).cpu()
+                slopes, of_buffers = (
+                    torch.cat([x.flatten(1).cpu() for x in part], dim=1) if part else None
+                    for part in asked.sensitivities(end, columns, chosen)
+                )
+                assert slopes is not None
                 for row in range(0, len(self.examples), 256):  # a memory map is read in pieces
                     values[row : row + 256, chosen] = -(self.vectors[row : row + 256] @ slopes.T)
+                if of_buffers is not None:
+                    values[:, chosen] -= self.buffers @ of_buffers.T
         seconds = self.diagnostics.seconds + time.perf_counter() - began
         diagnostics = Diagnostics(**{**vars(self.diagnostics), "seconds": seconds})
         return Attribution(values, self.examples, torch.arange(columns.count), self.method, diagnostics)
@@ -82,9 +91,9 @@ class Hypergradients:
         folder = Path(path)
         try:
             about = loads((folder / _ABOUT).read_bytes())
-            shape = tuple(about["shape"])
+            shapes = {_VECTORS: tuple(about["shape"]), _BUFFERS: (about["shape"][0], about["buffers"])}
             dtype = getattr(torch, about["dtype"])
-            size = (folder / _VECTORS).stat().st_size
+            sizes = {name: (folder / name).stat().st_size if shape[1] else 0 for name, shape in shapes.items()}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(
                 message(
@@ -94,18 +103,19 @@ class Hypergradients:
                     remedy="run hydragrad.hypergradients(..., path=...) to its end",
                 )
             ) from error
-        if about["format"] != _FORMAT or size != math.prod(shape) * dtype.itemsize:
-            raise StoreError(
-                message(
-                    f"{folder / _VECTORS} is damaged", expected=f"{math.prod(shape) * dtype.itemsize} bytes", got=size
-                )
-            )
+        for name, shape in shapes.items():
+            expected = math.prod(shape) * dtype.itemsize
+            if about["format"] != _FORMAT or sizes[name] != expected:
+                raise StoreError(message(f"{folder / name} is damaged", expected=f"{expected} bytes", got=sizes[name]))
         if about["run"] != _identity(run):
             raise MismatchError(message(f"{folder} belongs to another run", expected=about["run"], got=_identity(run)))
-        vectors = _mapped(folder / _VECTORS, shape, dtype)
+        vectors, buffers = (
+            _mapped(folder / name, shape, dtype) if shape[1] else torch.empty(shape, dtype=dtype)
+            for name, shape in shapes.items()
+        )
         diagnostics = Diagnostics.from_dict(about["diagnostics"])
         return Hypergradients(
-            run, vectors, torch.tensor(about["examples"]), about["method"], about["step"], diagnostics
+            run, vectors, torch.tensor(about["examples"]), about["method"], about["step"], diagnostics, buffers
         )
 
 
@@ -126,8 +136,9 @@ def hypergradients(
 
         h <- JVP of U_t with dg = C_t h + [i in B_t] dg_t/d eps_i
 
-    ``examples``: n positions in the training data; ``path``: a folder in which the vectors are kept, memory-mapped
-    (n P numbers may exceed memory); other arguments as in ``attribute``. ``check``: refuse non-finite vectors.
+    With buffers that training changes, dv_T/d eps_i goes along. ``examples``: n positions in the training data;
+    ``path``: a folder in which the vectors are kept, memory-mapped (n P numbers may exceed memory); other arguments as
+    in ``attribute``. ``check``: refuse non-finite vectors.
     Raises MismatchError, UnsupportedError, NonFiniteError. Source: arXiv 2102.02515.
     Example: ``hydragrad.hypergradients(run, examples=[3, 14]).scores(test_set)``.
     """
@@ -137,10 +148,13 @@ def hypergradients(
     sweep = Sweep.of(run, step)
     with kept_random_state(), kept_pages():
         plan = plan_sweep(sweep, len(ids), method, rows=1, memory=memory, block=block, compile=compile)
-        size = sum(math.prod(run.trajectory.manifest.params[name]["shape"]) for name in sweep.objective.names)
-        vectors = _allocate(path, (len(ids), size), sweep.dtype, plan)
-        _sweep_blocks(sweep, plan, ids, vectors, progress)
-    if check and not bool(torch.stack([v.isfinite().all() for v in vectors.split(256)]).all()):
+        manifest, objective = run.trajectory.manifest, sweep.objective
+        size = sum(math.prod(manifest.params[name]["shape"]) for name in objective.names)
+        size_v = sum(math.prod(manifest.buffers[name]["shape"]) for name in objective.carried)
+        vectors = _allocate(path, _VECTORS, (len(ids), size), sweep.dtype, plan)
+        buffers = _allocate(path, _BUFFERS, (len(ids), size_v), sweep.dtype, plan)
+        _sweep_blocks(sweep, plan, ids, vectors, buffers, progress)
+    if check and not bool(torch.stack([v.isfinite().all() for v in (*vectors.split(256), buffers)]).all()):
         raise NonFiniteError(
             message("a hypergradient is not finite", cause="an unstable run", remedy="try method='gauss-newton'")
         )
@@ -157,6 +171,7 @@ def hypergradients(
         about = {
             "format": _FORMAT,
             "shape": tuple(vectors.shape),
+            "buffers": buffers.shape[1],
             "dtype": str(vectors.dtype).removeprefix("torch."),
             "examples": ids.tolist(),
             "method": method,
@@ -165,13 +180,15 @@ def hypergradients(
             "diagnostics": diagnostics.to_dict(),
         }
         write_atomically(Path(path) / _ABOUT, dumps(about).encode())
-    return Hypergradients(run, vectors, ids, method, sweep.stop, diagnostics)
+    return Hypergradients(run, vectors, ids, method, sweep.stop, diagnostics, buffers)
 
 
-def _sweep_blocks(sweep: Sweep, plan: Plan, ids: Tensor, vectors: Tensor, progress: bool) -> None:
+def _sweep_blocks(sweep: Sweep, plan: Plan, ids: Tensor, vectors: Tensor, buffers: Tensor, progress: bool) -> None:
     run = sweep.run
     slots = sweep.optimizer.slots(run.steps[0].groups)
-    params = [sweep.replayer.state().params[name] for name in sweep.objective.names]
+    state = sweep.replayer.state()
+    params = [state.params[name] for name in sweep.objective.names]
+    carried = [state.buffers[name] for name in sweep.objective.carried]
 
     def watch(_: int) -> None:
         bar.update()
@@ -180,19 +197,20 @@ def _sweep_blocks(sweep: Sweep, plan: Plan, ids: Tensor, vectors: Tensor, progre
     with bar, sweep.objective.differentiable():
         for first in range(0, len(ids), plan.carried):
             chosen = ids[first : first + plan.carried]
-            tangents = Tangents(params, slots, len(chosen))
+            tangents = Tangents(params, slots, len(chosen), carried)
             moments = forwards(sweep.replayer, run.trajectory, sweep.stop)
             used = None if plan.method == "hessian-free" else plan.chosen.plain
             forward_sweep(moments, sweep.objective, sweep.optimizer, used, chosen, tangents, plan.block, watch)
             vectors[first : first + len(chosen)] = tangents.flat().cpu()
+            buffers[first : first + len(chosen)] = tangents.flat_buffers().cpu()
 
 
-def _allocate(path: str | Path | None, shape: tuple[int, int], dtype: torch.dtype, plan: Plan) -> Tensor:
-    if path is not None:
+def _allocate(path: str | Path | None, name: str, shape: tuple[int, int], dtype: torch.dtype, plan: Plan) -> Tensor:
+    if path is not None and math.prod(shape):
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _ABOUT).unlink(missing_ok=True)  # until this sweep has ended, there is no answer here
-        return _mapped(folder / _VECTORS, shape, dtype)
+        return _mapped(folder / name, shape, dtype)
     if math.prod(shape) * dtype.itemsize > plan.budget:
         raise UnsupportedError(
             message(

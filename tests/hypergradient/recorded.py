@@ -25,7 +25,6 @@ STEPS = [step for epoch in EPOCHS for step in epoch]
 
 
 # Strict: the day these are supported, the tests below say so by failing, and the mark goes.
-running_statistics = pytest.mark.xfail(raises=hg.UnsupportedError, reason="running statistics are refused so far")
 recorded_clipping = pytest.mark.xfail(raises=AttributeError, reason="recording.clip_grad_norm_ is not there yet")
 
 

@@ -12,7 +12,7 @@ import hydragrad as hg
 from hydragrad.hypergradient import exact, gauss_newton, hessian_free
 from hydragrad.hypergradient.choosing import choose
 from hydragrad.hypergradient.costs import agree, probe_block, products
-from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.curvature import Engine, Products
 from hydragrad.hypergradient.engines import candidates
 from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.reverse import blocks
@@ -84,7 +84,7 @@ def test_products_are_those_of_dense_matrices(kind, count, traced, sweep, point)
     engine: Engine = kind(sweep.objective)
     gam = probe_block(point, count)
     curved, terms = dense(sweep.objective, point, engine.method, gam)
-    c_gam, found = (Traced(engine) if traced else engine).products(point, gam)
+    c_gam, found, _ = (Traced(engine) if traced else engine).products(point, gam)
     assert c_gam is not None
     assert_close(torch.cat([x.flatten(1) for x in c_gam], dim=1), curved, ORACLE)
     assert_close(found, terms, ORACLE)
@@ -147,10 +147,10 @@ class Wrong(Engine):
 
     name, method = "wrong", "exact"
 
-    def products(self, point: Point, gam: Vectors) -> tuple[Vectors | None, Tensor]:
-        curved, terms = exact.ForwardOverReverse(self.objective).products(point, gam)
+    def products(self, point: Point, gam: Vectors, bet: Vectors = ()) -> Products:
+        curved, terms, back = exact.ForwardOverReverse(self.objective).products(point, gam, bet)
         assert curved is not None
-        return tuple(1.01 * c for c in curved), terms
+        return tuple(1.01 * c for c in curved), terms, back
 
 
 def test_an_engine_that_disagrees_is_not_used(sweep, monkeypatch):

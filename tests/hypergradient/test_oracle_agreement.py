@@ -15,7 +15,6 @@ from tests.hypergradient.recorded import (
     recipe_of,
     recorded,
     recorded_clipping,
-    running_statistics,
     train,
     trainable,
     values,
@@ -123,8 +122,11 @@ def test_clipping(clip, method, tmp_path):
     assert_close(found, recursion(recipe, method).scores(problem.queries), ORACLE)
 
 
-@running_statistics
-@pytest.mark.parametrize("option", [("SGD", {"lr": 0.1, "momentum": 0.9}), ("AdamW", ADAMW)], ids=option_id)
+# The bias before a BatchNorm has no effect: its gradient is rounding, and Adam divides that by eps. At the default 1e-8
+# the update itself is known to 1e-9 only (measured: the error falls with 1 / eps, to 1e-13 here).
+@pytest.mark.parametrize(
+    "option", [("SGD", {"lr": 0.1, "momentum": 0.9}), ("AdamW", {**ADAMW, "eps": 1e-4})], ids=option_id
+)
 def test_batchnorm(option, tmp_path):
     problem = case("batchnorm")
     recipe = recipe_of(problem, *option)
@@ -132,7 +134,6 @@ def test_batchnorm(option, tmp_path):
     assert_close(found, unroll(recipe).scores(problem.queries), ORACLE)
 
 
-@running_statistics
 def test_batchnorm_frozen_midway(tmp_path):
     """From step 4 on the running statistics are used in training: what came before reaches the end through them too."""
     problem = case("batchnorm")

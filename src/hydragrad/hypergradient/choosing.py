@@ -8,6 +8,7 @@ from typing import Any, final
 
 import torch
 
+from hydragrad.errors import UnsupportedError
 from hydragrad.hypergradient.costs import Timed, activation_bytes, agree, probe_block, products, seconds_of
 from hydragrad.hypergradient.curvature import Engine
 from hydragrad.hypergradient.engines import candidates, reference
@@ -107,7 +108,8 @@ class _Search:
         """Engines as they are, at one size; then the best of them traced, at several; then compiled."""
         first = self.fixed or self._balanced(_START)
         plain: list[tuple[float, Engine]] = []
-        if self.method == "hessian-free" and self._pays(5 * self.best.per_query):
+        coupled = bool(self.point.carried or self.point.draws)
+        if self.method == "hessian-free" and not coupled and self._pays(5 * self.best.per_query):
             engine = self._kept("per-example", lambda: PerExampleGradients(self.objective))
             self._try(engine, self.fixed or self._balanced(_WIDEST))
         for engine in candidates(self.method, self.objective):
@@ -172,13 +174,13 @@ class _Search:
         gam = probe_block(self.point, size)
         try:
             found = products(engine, self.point, gam)
-            row = None if found[0] is None else tuple(x[:1] for x in found[0]), found[1][:1]
-            if not agree(row, self.truth):
+            first = None if found[0] is None else tuple(x[:1] for x in found[0])
+            if not agree((first, found[1][:1], tuple(x[:1] for x in found[2])), self.truth):
                 self.reasons.append(f"{engine!r} disagrees with plain autograd here and is not used")
                 return None
             # a copy of the point each time: an engine may keep what it computed for a point
             timed = Timed(engine, size, seconds_of(lambda: products(engine, replace(self.point), gam), self.device))
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, UnsupportedError) as error:
             self.reasons.append(f"{engine!r} cannot differentiate this model ({_first_line(error)})")
             return None
         if forced or timed.per_query < self.best.per_query:
@@ -191,8 +193,9 @@ def _inner(engine: Engine | ScaledEngine) -> Engine | ScaledEngine:
 
 
 def _scaled(engine: Engine) -> Engine | ScaledEngine:
-    """Hessian-free engines serve through the sweep of fixed directions."""
-    return Direct(engine) if engine.method == "hessian-free" or _inner_method(engine) == "hessian-free" else engine
+    """Hessian-free engines serve through the sweep of fixed directions, unless buffers carry derivatives too."""
+    free = engine.method == "hessian-free" or _inner_method(engine) == "hessian-free"
+    return Direct(engine) if free and not engine.objective.carried else engine
 
 
 def _inner_method(engine: Engine) -> str:
@@ -217,7 +220,7 @@ def _probe_point(sweep: Sweep) -> tuple[Point, float]:
         replayer.advance(record)
 
     replay = seconds_of(step, replayer.device, repeats=2)
-    moment = Moment(record, state_on(state, replayer.device), {}, replayer.batches(record))
+    moment = Moment(record, state_on(state, replayer.device), {}, replayer.batches(record), replayer.random)
     _, _, point = next(points_of(moment, sweep.objective))
     return point, replay
 
@@ -234,6 +237,7 @@ def state_on(state: State, device: torch.device) -> State:
 def _sizes(sweep: Sweep, point: Point, method: str) -> Sizes:
     number = point.params[0].element_size()
     size = sum(p.numel() for p in point.params) * number
+    buffers = sum(v.nbytes for v in point.carried)
     slots = sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups)
     state_slots = sum(p.numel() * len(names) for p, names in zip(point.params, slots, strict=True)) * number
     rest = sum(x.numel() * x.element_size() for x in point.rest.values())
@@ -242,8 +246,8 @@ def _sizes(sweep: Sweep, point: Point, method: str) -> Sizes:
     factor = {"exact": 4, "gauss-newton": 3, "hessian-free": 2}[method]
     return Sizes(
         number=number,
-        adjoint=size if method == "hessian-free" else size + state_slots,
-        state=2 * size + state_slots + rest,
+        adjoint=(size if method == "hessian-free" and not buffers else size + state_slots) + buffers,
+        state=2 * size + state_slots + rest + buffers,
         # gam, its parts that the engine copies, C gam; for adaptive optimizers the update's successors (measured)
         engine=factor * activations + 5 * size + (0 if sweep.optimizer.update.linear else size + state_slots),
         longest=max(b - a for a, b in itertools.pairwise(marks)),

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.curvature import Engine, Products
 from hydragrad.hypergradient.scaled import ScaledEngine
 from hydragrad.step.objective import Objective, Point, Vectors
 
@@ -69,24 +69,32 @@ def synchronize(device: torch.device) -> None:
 
 def probe_block(point: Point, count: int) -> Vectors:
     """``count`` random unit-scale vectors at a point, the same on every call; the first do not depend on ``count``."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    rows = [[torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in point.params] for _ in range(count)]
-    return tuple(
-        torch.stack(parts).to(p.device) for parts, p in zip(zip(*rows, strict=True), point.params, strict=True)
-    )
+    return _random_block(point.params, count, seed=0)
 
 
-def products(engine: Engine | ScaledEngine, point: Point, gam: Vectors) -> tuple[Vectors | None, Tensor]:
-    """The engine's result on a block, whichever kind of engine it is."""
+def _random_block(like: Vectors, count: int, seed: int) -> Vectors:
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    rows = [[torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in like] for _ in range(count)]
+    return tuple(torch.stack(parts).to(p.device) for parts, p in zip(zip(*rows, strict=True), like, strict=True))
+
+
+def products(engine: Engine | ScaledEngine, point: Point, gam: Vectors) -> Products:
+    """The engine's result on a block, whichever kind of engine it is; random cotangents stand for the buffers'."""
     if isinstance(engine, ScaledEngine):
-        return None, engine.terms(point, tuple(torch.ones_like(p) for p in point.params), gam)
-    return engine.products(point, gam)
+        return None, engine.terms(point, tuple(torch.ones_like(p) for p in point.params), gam), ()
+    return engine.products(point, gam, probe_buffers(point, gam[0].shape[0]))
 
 
-def agree(a: tuple[Vectors | None, Tensor], b: tuple[Vectors | None, Tensor]) -> bool:
+def probe_buffers(point: Point, count: int) -> Vectors:
+    """As ``probe_block``, for the buffers that training changes."""
+    return _random_block(point.carried, count, seed=1) if point.carried else ()
+
+
+def agree(a: Products, b: Products) -> bool:
     """Whether two engines' results are the same to rounding."""
     sums = [x.flatten(2).sum(2) if x.dim() > 2 else x for x in (a[1], b[1])]  # per-token terms against summed ones
-    return all(_close(x, y) for x, y in zip((sums[0], *(a[0] or ())), (sums[1], *(b[0] or ())), strict=True))
+    both = zip((sums[0], *(a[0] or ()), *a[2]), (sums[1], *(b[0] or ()), *b[2]), strict=True)
+    return all(_close(x, y) for x, y in both)
 
 
 def _close(x: Tensor, y: Tensor) -> bool:
@@ -114,5 +122,5 @@ def activation_bytes(objective: Objective, point: Point) -> int:
     """What one forward pass of the batch keeps for its backward pass, parameters not counted."""
     params = tuple(p.detach().requires_grad_() for p in point.params)
     with torch.enable_grad(), counted_activations() as counted:
-        objective.losses(params, point.rest, point.batch)
+        objective.losses(params, point.rest, point.batch, point.carried, point.draws)
     return max(counted[0] - sum(p.numel() * p.element_size() for p in params), point.coefficients.nbytes)

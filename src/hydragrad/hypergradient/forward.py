@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hydragrad.hypergradient.curvature import Engine
 from hydragrad.hypergradient.points import points_of
+from hydragrad.hypergradient.pushing import Push
 from hydragrad.hypergradient.queries import pulled_back
 from hydragrad.step.objective import Objective, Point, Vectors
 from hydragrad.step.optimizer_map import OptimizerMap
@@ -17,10 +18,21 @@ from hydragrad.trajectory.moments import Moment
 
 @final
 class Tangents:
-    """``h`` = dw/d eps_i and ``z`` = ds/d eps_i of n examples: a block ``[n, *shape]`` a parameter (and slot)."""
+    """``h`` = dw/d eps_i, ``z`` = ds/d eps_i and ``y`` = dv/d eps_i of n examples.
 
-    def __init__(self, params: Sequence[Tensor], slots: Sequence[tuple[str, ...]], count: int) -> None:
-        self.h = [torch.zeros(count, *p.shape, dtype=p.dtype, device=p.device) for p in params]
+    One block ``[n, *shape]`` a parameter, a parameter and slot, a buffer that training changes.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        slots: Sequence[tuple[str, ...]],
+        count: int,
+        carried: Sequence[Tensor] = (),
+    ) -> None:
+        self.h, self.y = (
+            [torch.zeros(count, *p.shape, dtype=p.dtype, device=p.device) for p in given] for given in (params, carried)
+        )
         self.z: list[Slots] = [
             {slot: torch.zeros_like(h) for slot in names} for h, names in zip(self.h, slots, strict=True)
         ]
@@ -28,6 +40,10 @@ class Tangents:
     def flat(self) -> Tensor:
         """H as ``[n, P]``."""
         return torch.cat([h.flatten(1) for h in self.h], dim=1)
+
+    def flat_buffers(self) -> Tensor:
+        """Y as ``[n, Q]``, Q the numbers in all carried buffers."""
+        return torch.cat([self.h[0].new_empty(len(self.h[0]), 0), *(y.flatten(1) for y in self.y)], dim=1)
 
 
 def forward_sweep(
@@ -42,15 +58,19 @@ def forward_sweep(
 ) -> Tangents:
     """Carry ``tangents`` forward over ``moments``: dg = C_t h_i + [i in B_t] dg_t/d eps_i, then the JVP of U_t.
 
-    ``engine`` None: C = 0 (hessian-free). The paper prints the condition inverted; it reads "in the batch".
+    ``engine`` None: C = 0 (hessian-free). With carried buffers dg gets (dg/dv) y_i, and from each micro-batch
+    to the next y_i <- (dV/dw) h_i + (dV/dv) y_i. The paper prints the condition inverted; it reads "in the batch".
     """
+    push = Push("hessian-free" if engine is None else engine.method, objective) if objective.carried else None
     for moment in moments:
         linearizations = optimizer.linearize(
             moment.state.params, moment.state.optimizer, moment.gradient, moment.record.groups
         )
         dg = [torch.zeros_like(h) for h in tangents.h]
         for ids, _, point in points_of(moment, objective):
-            if engine is not None:
+            if push is not None:
+                _push(push, point, tangents, dg, block)
+            elif engine is not None:
                 _add_curvature(engine, point, tangents.h, dg, block)
             _add_own_gradients(objective, point, ids, examples, dg)
         for p, linearization in enumerate(linearizations):
@@ -63,9 +83,19 @@ def forward_sweep(
 def _add_curvature(engine: Engine, point: Point, h: list[Tensor], dg: list[Tensor], block: int) -> None:
     for first in range(0, h[0].shape[0], block):
         chosen = slice(first, first + block)
-        curved, _ = engine.products(point, tuple(x[chosen] for x in h))
+        curved = engine.products(point, tuple(x[chosen] for x in h))[0]
         for total, c in zip(dg, curved or (), strict=False):
             total[chosen] += c
+
+
+def _push(push: Push, point: Point, tangents: Tangents, dg: list[Tensor], block: int) -> None:
+    for first in range(0, tangents.h[0].shape[0], block):
+        chosen = slice(first, first + block)
+        added, moved = push(point, tuple(x[chosen] for x in tangents.h), tuple(y[chosen] for y in tangents.y))
+        for total, x in zip(dg, added, strict=True):
+            total[chosen] += x
+        for y, x in zip(tangents.y, moved, strict=True):
+            y[chosen] = x
 
 
 def _add_own_gradients(objective: Objective, point: Point, ids: Tensor, examples: Tensor, dg: list[Tensor]) -> None:
@@ -79,7 +109,7 @@ def _add_own_gradients(objective: Objective, point: Point, ids: Tensor, examples
     cotangents = occurrences.reshape(*occurrences.shape, *(1,) * (coefficients.dim() - 1)) * coefficients
 
     def losses(params: Vectors) -> Tensor:
-        return objective.losses(params, point.rest, point.batch)
+        return objective.losses(params, point.rest, point.batch, point.carried, point.draws)
 
     for total, gradient in zip(dg, pulled_back(losses, point.params, cotangents), strict=True):
         total.index_add_(0, rows.to(total.device), gradient)

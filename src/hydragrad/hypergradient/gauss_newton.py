@@ -6,22 +6,27 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hydragrad.hypergradient.curvature import Engine, over_block, vjp
+from hydragrad.hypergradient.curvature import Engine, Products, over_block, rows_of, vjp
 from hydragrad.step.objective import Point, Vectors
 
 
 class _GaussNewton(Engine):
-    """J gam by some means, then H_out and the terms at the (small) outputs, then J^T by one backward pass."""
+    """J gam by some means, then H_out and the terms at the (small) outputs, then J^T by one backward pass.
+
+    With carried buffers the Jacobian's transpose is taken in (w, v): dg/dv is J_w^T H_out J_v, and V goes along.
+    """
 
     method = "gauss-newton"
 
     def _head(self, point: Point, others: list[Any]):
         def head(floats: Vectors) -> Tensor:
-            return self.objective.head(floats, others, point.params, point.rest, point.batch)
+            return self.objective.head(
+                floats, others, point.params, point.rest, point.batch, point.carried, point.draws
+            )
 
         return head
 
-    def _outer(self, point: Point, floats: Vectors, others: list[Any], tangents: Vectors) -> tuple[Vectors, Tensor]:
+    def outer(self, point: Point, floats: Vectors, others: list[Any], tangents: Vectors) -> tuple[Vectors, Tensor]:
         """``(H_out u, terms)`` for output tangents u ``[K, *output shape]``."""
         head = self._head(point, others)
         scale = point.coefficients * point.weights
@@ -33,7 +38,7 @@ class _GaussNewton(Engine):
             terms, pull = vjp(slopes, floats)
             return pull(scale)[0], point.coefficients * terms
 
-        return over_block(along, tangents)
+        return over_block(along, tangents, drawing=point.draws)
 
 
 @final
@@ -42,19 +47,23 @@ class JvpThenVjp(_GaussNewton):
 
     name = "jvp-then-vjp"
 
-    def products(self, point: Point, gam: Vectors) -> tuple[Vectors, Tensor]:
-        def outputs(params: Vectors) -> tuple[Vectors, list[Any]]:
-            return self.objective.outputs(params, point.rest, point.batch)
+    def products(self, point: Point, gam: Vectors, bet: Vectors = ()) -> Products:
+        def outputs(params: Vectors, carried: Vectors) -> tuple[Vectors, list[Any], Vectors]:
+            return self.objective.outputs(params, point.rest, point.batch, carried, point.draws)
 
-        _, others = outputs(point.params)
+        _, others, _ = outputs(point.params, point.carried)
 
-        def floats_of(params: Vectors) -> Vectors:
-            return outputs(params)[0]
+        def floats_of(params: Vectors, carried: Vectors = point.carried) -> tuple[Vectors, Vectors]:
+            floats, _, after = outputs(params, carried)
+            return floats, after
 
-        floats, pull = vjp(floats_of, point.params)
-        tangents = over_block(lambda t: torch.func.jvp(floats_of, (point.params,), (t,))[1], gam)
-        curved, terms = self._outer(point, floats, others, tangents)
-        return over_block(lambda cotangent: pull(cotangent)[0], curved), terms
+        (floats, _), pull = vjp(floats_of, point.params, point.carried)
+        tangents = over_block(
+            lambda t: torch.func.jvp(lambda p: floats_of(p)[0], (point.params,), (t,))[1], gam, drawing=point.draws
+        )
+        curved, terms = self.outer(point, floats, others, tangents)
+        back_w, back_v = over_block(pull, (curved, bet))
+        return back_w, terms, back_v
 
 
 @final
@@ -64,24 +73,15 @@ class DoubleVjp(_GaussNewton):
     name = "double-vjp"
     batched = False
 
-    def products(self, point: Point, gam: Vectors) -> tuple[Vectors, Tensor]:
+    def products(self, point: Point, gam: Vectors, bet: Vectors = ()) -> Products:
         with torch.enable_grad():
             params = tuple(p.detach().requires_grad_() for p in point.params)
-            floats, others = self.objective.outputs(params, point.rest, point.batch)
+            carried = tuple(v.detach().requires_grad_() for v in point.carried)
+            floats, others, after = self.objective.outputs(params, point.rest, point.batch, carried, point.draws)
             cotangents = tuple(torch.zeros_like(f, requires_grad=True) for f in floats)
             pulled = torch.autograd.grad(floats, params, cotangents, create_graph=True, materialize_grads=True)
-            rows = []
-            for k in range(gam[0].shape[0]):
-                pairs = [(p, g[k]) for p, g in zip(pulled, gam, strict=True) if p.requires_grad]
-                outs, vectors = zip(*pairs, strict=True)
-                rows.append(torch.autograd.grad(outs, cotangents, vectors, retain_graph=True, materialize_grads=True))
-            tangents = tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
+            tangents = rows_of(pulled, cotangents, gam)
             fixed = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (floats, others))
-            curved, terms = self._outer(point, fixed[0], fixed[1], tangents)
-            back = [
-                torch.autograd.grad(
-                    floats, params, tuple(c[k] for c in curved), retain_graph=True, materialize_grads=True
-                )
-                for k in range(gam[0].shape[0])
-            ]
-        return tuple(torch.stack(parts) for parts in zip(*back, strict=True)), terms.detach()
+            curved, terms = self.outer(point, fixed[0], fixed[1], tangents)
+            back = rows_of((*floats, *after), (*params, *carried), (*curved, *bet))
+        return back[: len(params)], terms.detach(), back[len(params) :]

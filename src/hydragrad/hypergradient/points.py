@@ -1,6 +1,7 @@
 """From a moment of the trajectory to the points at which engines differentiate."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,15 +11,25 @@ from hydragrad.trajectory.moments import Moment
 
 
 def points_of(moment: Moment, objective: Objective) -> Iterator[tuple[Tensor, int, Point]]:
-    """``(ids [b], epoch, point)`` of each micro-batch of a step."""
+    """``(ids [b], epoch, point)`` of each micro-batch of a step, each with the buffers that those before it left."""
     params = tuple(moment.state.params[name] for name in objective.names)
-    rest = {name: x for name, x in moment.state.params.items() if name not in objective.names}
-    rest.update(moment.state.buffers)
+    carried = tuple(moment.state.buffers[name] for name in objective.carried)
+    known = {*objective.names, *objective.carried}
+    rest = {name: x for name, x in {**moment.state.params, **moment.state.buffers}.items() if name not in known}
     objective.follow_modes(moment.record.modes)
     epochs = moment.record.epochs or (moment.record.epoch,) * len(moment.batches)
-    for (ids, batch), epoch in zip(moment.batches, epochs, strict=True):
+    states = moment.random or (None,) * len(moment.batches)
+    last = len(moment.batches) - 1
+    for place, ((ids, batch), epoch, random) in enumerate(zip(moment.batches, epochs, states, strict=True)):
+        nothing = torch.empty(0, dtype=params[0].dtype, device=params[0].device)
+        point = Point(params, rest, batch, nothing, nothing, carried)
+        if random is not None:
+            with random.restored():
+                point = replace(point, draws=objective.drawn(point))
         with torch.no_grad():
-            shape = objective.loss_shape(params, rest, batch, len(ids))
-            like = torch.empty(shape, dtype=params[0].dtype, device=params[0].device)
+            like = nothing.new_empty(objective.loss_shape(point, len(ids)))
             coefficients = objective.problem.reduction.coefficients(batch, like).contiguous()
-        yield ids, epoch, Point(params, rest, batch, coefficients, torch.ones_like(coefficients))
+        point = replace(point, coefficients=coefficients, weights=torch.ones_like(coefficients))
+        yield ids, epoch, point
+        if place < last and (objective.carried or objective.counters):
+            carried, rest = objective.after(point)

@@ -103,11 +103,12 @@ class Queries:
         measurement: Callable[[nn.Module, Any], Tensor] | None,
         device: torch.device,
         mode: str,
+        carried: tuple[str, ...] = (),
     ) -> None:
         self.count = length_of(data)
         self.device = device
         self._objective = Objective(
-            replace(problem, loss=measurement or problem.loss), _evaluation(problem.model), names
+            replace(problem, loss=measurement or problem.loss), _evaluation(problem.model), names, carried
         )
         self._source = BatchSource(data, problem.collate, device, mode)
         self._together = 1 if mode == "index" else _TOGETHER
@@ -117,18 +118,18 @@ class Queries:
         with torch.no_grad():
             return torch.cat([measure(at) for _, measure, at in self._batches(state, torch.arange(self.count))])
 
-    def sensitivities(self, state: State, columns: Columns, chosen: slice) -> Vectors:
-        """D m/dw of the chosen columns: a block ``[number of columns, *shape]`` a parameter."""
+    def sensitivities(self, state: State, columns: Columns, chosen: slice) -> tuple[Vectors, Vectors]:
+        """D m/dw and d m/dv of the chosen columns: a block ``[number of columns, *shape]`` a parameter, a buffer."""
         width = chosen.stop - chosen.start
         total: list[Tensor] | None = None
-        for ids, measure, params in self._batches(state, columns.of_block(chosen)):
+        for ids, measure, at in self._batches(state, columns.of_block(chosen)):
             local, rows = columns.of[ids].unique(return_inverse=True)
-            cotangents = torch.zeros(len(local), len(ids), dtype=params[0].dtype)
-            cotangents[rows, torch.arange(len(ids))] = columns.factor[ids].to(params[0].dtype)
+            cotangents = torch.zeros(len(local), len(ids), dtype=at[0].dtype)
+            cotangents[rows, torch.arange(len(ids))] = columns.factor[ids].to(at[0].dtype)
             with self._objective.differentiable():
-                gradients = pulled_back(measure, params, cotangents.to(self.device))
+                gradients = pulled_back(measure, at, cotangents.to(self.device))
             if total is None:
-                total = [torch.zeros(width, *x.shape, dtype=x.dtype, device=x.device) for x in params]
+                total = [torch.zeros(width, *x.shape, dtype=x.dtype, device=x.device) for x in at]
             for sums, rows_of in zip(total, gradients, strict=True):
                 sums.index_add_(0, (local - chosen.start).to(self.device), rows_of)
         assert total is not None
@@ -136,24 +137,28 @@ class Queries:
             raise NonFiniteError(
                 message(
                     "the derivative of a query is not finite",
-                    expected="finite derivatives of the measurement with respect to the parameters",
+                    expected="finite derivatives of the measurement with respect to parameters and buffers",
                     got="NaN or infinity",
                     cause="a diverged run, or a measurement with an infinite slope (sqrt or log at 0)",
                     remedy="look at the final loss of the run, and at the measurement's value for each query",
                 )
             )
-        return tuple(total)
+        count = len(self._objective.names)
+        return tuple(total[:count]), tuple(total[count:])
 
     def _batches(self, state: State, ids: Tensor) -> Iterator[tuple[Tensor, Callable[[Vectors], Tensor], Vectors]]:
-        params = tuple(state.params[name] for name in self._objective.names)
-        rest = {name: x for name, x in state.params.items() if name not in self._objective.names} | state.buffers
+        """Ids, the measurement as a function of parameters and carried buffers in one tuple, and that tuple."""
+        names, carried = self._objective.names, self._objective.carried
+        at = tuple(state.params[name] for name in names) + tuple(state.buffers[name] for name in carried)
+        known, count = {*names, *carried}, len(names)
+        rest = {name: x for name, x in {**state.params, **state.buffers}.items() if name not in known}
         for part in ids.split(self._together):
             batch = self._source.fetch(part)
 
             def measure(at: Vectors, batch: Any = batch, part: Tensor = part) -> Tensor:
-                return _checked(self._objective.losses(at, rest, batch), len(part))
+                return _checked(self._objective.losses(at[:count], rest, batch, at[count:]), len(part))
 
-            yield part, measure, params
+            yield part, measure, at
 
 
 def pulled_back(function: Callable[[Vectors], Tensor], params: Vectors, cotangents: Tensor) -> Vectors:

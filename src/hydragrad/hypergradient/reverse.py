@@ -1,7 +1,7 @@
 """The reverse sweep: adjoints of a block of queries carried from the last step to the first."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -22,10 +22,14 @@ Sink = Callable[[Tensor, slice, Tensor, int], None]
 @final
 @dataclass(frozen=True)
 class Adjoint:
-    """``lam`` = d m/dw and ``sig`` = d m/ds of Q queries, one block ``[Q, *shape]`` a parameter (and slot)."""
+    """``lam`` = d m/dw, ``sig`` = d m/ds and ``bet`` = d m/dv of Q queries.
+
+    One block ``[Q, *shape]`` a parameter, a parameter and slot, a buffer that training changes.
+    """
 
     lam: list[Tensor]
     sig: list[Slots]
+    bet: list[Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.lam[0].shape[0]
@@ -37,13 +41,13 @@ class Adjoint:
     def rows(self, chosen: slice) -> "Adjoint":
         """Some of the queries, as views."""
         sig = [{slot: x[chosen] for slot, x in slots.items()} for slots in self.sig]
-        return Adjoint([x[chosen] for x in self.lam], sig)
+        return Adjoint([x[chosen] for x in self.lam], sig, [x[chosen] for x in self.bet])
 
 
-def start(sensitivities: Vectors, slots: Sequence[tuple[str, ...]]) -> Adjoint:
-    """The adjoint at the end: lam_T = d m/d w_T, sig_T = 0."""
+def start(sensitivities: Vectors, slots: Sequence[tuple[str, ...]], buffers: Vectors = ()) -> Adjoint:
+    """The adjoint at the end: lam_T = d m/d w_T, sig_T = 0, bet_T = d m/d v_T."""
     sig = [{slot: torch.zeros_like(x) for slot in names} for x, names in zip(sensitivities, slots, strict=True)]
-    return Adjoint(list(sensitivities), sig)
+    return Adjoint(list(sensitivities), sig, list(buffers))
 
 
 def blocks(queries: int, block: int) -> Iterator[tuple[slice, int]]:
@@ -78,8 +82,11 @@ def reverse_sweep(
 ) -> Adjoint:
     """Carry ``adjoint`` back over ``moments``, adding every example's terms to ``sink``; the adjoint at step 0.
 
-    ``lam_t = lam~ + C_t gam``. All queries share the replayed step; ``block`` of them at a time go through the update
-    and the engine while they are in the cache. ``watch(t, adjoint)`` sees every step.
+        lam_t = lam~ + C_t gam + (dV/dw)^T bet,    bet_t = (dg/dv)^T gam + (dV/dv)^T bet
+
+    Micro-batches pass the buffers on from one to the next, so they are taken last to first. All queries share the
+    replayed step; ``block`` of them at a time go through the update and the engine while they are in the cache.
+    ``watch(t, adjoint)`` sees every step.
     """
     gam = [torch.zeros_like(x[: min(block, len(adjoint))]) for x in adjoint.lam]
     for moment in moments:
@@ -91,11 +98,14 @@ def reverse_sweep(
             new = slice(chosen.start + skip, chosen.stop)
             rows = adjoint.rows(new)
             pull_update(rows, linearizations, [x[skip:] for x in gam])
-            for ids, epoch, point in points:
-                curved, terms = engine.products(point, tuple(gam))
+            bet = tuple(x[chosen] for x in adjoint.bet)
+            for ids, epoch, point in reversed(points):
+                curved, terms, bet = engine.products(point, tuple(gam), bet)
                 for lam, c in zip(rows.lam, curved or (), strict=False):
                     lam += c[skip:]
                 sink(ids, new, terms[skip:], epoch)
+            for held, b in zip(rows.bet, bet, strict=True):
+                held.copy_(b[skip:])
         watch(moment.record.index, adjoint)
     return adjoint
 

@@ -47,8 +47,8 @@ class Direct(ScaledEngine):
 class PerExampleGradients(ScaledEngine):
     """The gradients ``[b, P]`` of the batch formed once by vmap over its examples, then one matrix product.
 
-    Right only where an example's loss does not depend on the rest of its batch, and every tensor of the batch has the
-    examples first; whoever chooses the engine compares it with another.
+    Right only where an example's loss does not depend on the rest of its batch, every tensor of the batch has the
+    examples first and nothing is drawn; whoever chooses the engine compares it with another.
     """
 
     name = "per-example-gradients"
@@ -60,7 +60,10 @@ class PerExampleGradients(ScaledEngine):
 
     def terms(self, point: Point, scale: Vectors, directions: Vectors) -> Tensor:
         if self._last is None or self._last[0] is not point:
-            self._last = (point, self._traced(point.params, point.rest, point.batch, point.coefficients))
+            self._last = (
+                point,
+                self._traced(self.objective.mode, point.params, point.rest, point.batch, point.coefficients),
+            )
         total: Tensor | None = None
         for gradient, s, d in zip(self._last[1], scale, directions, strict=True):
             scaled = (gradient * s).flatten(1)
@@ -69,7 +72,9 @@ class PerExampleGradients(ScaledEngine):
         assert total is not None
         return total
 
-    def _gradients(self, params: Vectors, rest: dict[str, Tensor], batch: Any, coefficients: Tensor) -> Vectors:
+    def _gradients(
+        self, mode: int, params: Vectors, rest: dict[str, Tensor], batch: Any, coefficients: Tensor
+    ) -> Vectors:
         """c_i grad loss_i of every example, ``[b, *shape]`` a parameter."""
         leaves, structure = pytree.tree_flatten(batch)
         b = coefficients.shape[0]

@@ -120,7 +120,7 @@ def _drop_zero_products(graph: Graph, zeros: set[Node]) -> None:
 
 
 def _repeatable(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and _RANDOM not in node.target.tags or _is_getitem(node)
+    return (isinstance(node.target, torch._ops.OpOverload) and _RANDOM not in node.target.tags) or _is_getitem(node)
 
 
 def _is_getitem(node: Node) -> bool:

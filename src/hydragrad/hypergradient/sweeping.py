@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import nn
 
 from hydragrad.errors import UnsupportedError, message
 from hydragrad.run import Run
@@ -46,9 +47,10 @@ class Sweep:
         idle = frozenset.intersection(*(record.without_grad for record in run.steps[:stop]))
         trained = [name for name in manifest.params if name in grouped and name not in idle]
         replayer = run.replayer(check=True)
-        key = ("objective", *trained)
+        carried, counters = changed_buffers(run, replayer, stop)
+        key = ("objective", tuple(trained), carried, counters)
         if key not in run.memo:
-            run.memo[key] = Objective(run.problem, copy.deepcopy(run.problem.model), trained)
+            run.memo[key] = Objective(run.problem, copy.deepcopy(run.problem.model), trained, carried, counters)
         objective: Objective = run.memo[key]
         objective.follow_modes(manifest.modes)
         sweep = Sweep(
@@ -64,12 +66,7 @@ class Sweep:
 
     def end(self) -> State:
         """The state that is asked about, step ``stop``, on the device."""
-        trajectory = self.run.trajectory
-        start = trajectory.nearest(self.stop)
-        self.replayer.restore(trajectory.state(start))
-        for record in trajectory.steps[start : self.stop]:
-            self.replayer.advance(record)
-        return self.replayer.state()
+        return _state_at(self.run, self.replayer, self.stop)
 
     def _refuse(self) -> None:
         manifest = self.run.trajectory.manifest
@@ -87,26 +84,32 @@ class Sweep:
                         remedy="train in float32",
                     )
                 )
-        random = next((record.index for record in self.run.steps[: self.stop] if record.random), None)
-        if random is not None:
-            raise UnsupportedError(
-                message(
-                    f"step {random} drew random numbers inside the step",
-                    expected="a loss that is a function of parameters and batch alone",
-                    cause="dropout, or noise or augmentation in the training loop",
-                    remedy="train with dropout 0, and augment in the data set deterministically",
-                )
-            )
-        first = self.run.trajectory.state(0).buffers
-        carried = [name for name, buffer in first.items() if buffer.is_floating_point()]
-        last = self.end().buffers if carried else {}
-        for name in carried:
-            if not torch.equal(first[name].cpu(), last[name].cpu()):
+        for name, part in self.objective.module.named_modules():
+            trains = any(record.modes.get(name, manifest.modes.get(name)) for record in self.run.steps[: self.stop])
+            if isinstance(part, nn.SyncBatchNorm) and trains:
                 raise UnsupportedError(
                     message(
-                        f"training changed the buffer {name!r}",
-                        expected="a model whose buffers stay as they are",
-                        cause="BatchNorm (or the like) in training mode: its statistics carry the data along",
-                        remedy="use LayerNorm or GroupNorm, or freeze the statistics with .eval() on those layers",
+                        f"module {name!r} is a SyncBatchNorm",
+                        expected="normalization within one process",
+                        cause="a model converted for distributed training",
+                        remedy="train with BatchNorm, or freeze the statistics with .eval() on those layers",
                     )
                 )
+
+
+def changed_buffers(run: Run, replayer: Replayer, stop: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the buffers that training changed before step ``stop``: float ones, which carry derivatives; others."""
+    first = run.trajectory.state(0).buffers
+    last = _state_at(run, replayer, stop).buffers if first else {}
+    changed = [name for name, buffer in first.items() if not torch.equal(buffer.cpu(), last[name].cpu())]
+    carried = tuple(name for name in changed if first[name].is_floating_point())
+    return carried, tuple(name for name in changed if name not in carried)
+
+
+def _state_at(run: Run, replayer: Replayer, step: int) -> State:
+    trajectory = run.trajectory
+    start = trajectory.nearest(step)
+    replayer.restore(trajectory.state(start))
+    for record in trajectory.steps[start:step]:
+        replayer.advance(record)
+    return replayer.state()

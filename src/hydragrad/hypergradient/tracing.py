@@ -1,6 +1,7 @@
 """A computation recorded once as a flat graph of tensor operations, then run without Python's overhead."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, final
 
 import torch
@@ -9,7 +10,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.curvature import Engine, Products
 from hydragrad.hypergradient.simplify import simplified
 from hydragrad.step.objective import Point, Vectors
 
@@ -24,15 +25,16 @@ class TracedFunction:
     """A pure function of pytrees, run through graphs traced by ``make_fx``, one for every combination of shapes.
 
     Function transforms (vmap of jvp of grad) cost tens of microseconds an operation in Python; the traced graph has
-    the same operations without them, and what they compute twice is computed once. A graph holds for one form of input only, and values that Python reads out of
-    tensors would be frozen into it: tracing refuses those, and whoever chooses an engine compares it with plain
-    autograd. ``compile``: hand the graph to torch.compile, which fuses it.
+    the same operations without them, and what they compute twice is computed once. A graph holds for one form of
+    input only, and values that Python reads out of tensors would be frozen into it: tracing refuses those, and whoever
+    chooses an engine compares it with plain autograd. ``compile``: hand the graph to torch.compile, which fuses it.
     """
 
     def __init__(self, function: Callable[..., Any], *, compile: bool = False) -> None:
         self.function = function
         self.compile = compile
         self._seen: dict[Any, int] = {}
+        self._untraceable: set[Any] = set()
         self._graphs: dict[Any, tuple[Callable[..., Any], Any]] = {}
 
     def __call__(self, *inputs: Any) -> Any:
@@ -41,9 +43,15 @@ class TracedFunction:
         if key not in self._graphs:
             self._seen[key] = self._seen.get(key, 0) + 1
             rare = self._graphs and self._seen[key] < _RARE
-            if rare or len(self._graphs) >= _MOST_GRAPHS:
+            if rare or len(self._graphs) >= _MOST_GRAPHS or key in self._untraceable:
                 return self.function(*inputs)
-            self._graphs[key] = self._trace(*pytree.tree_flatten(inputs))
+            try:
+                self._graphs[key] = self._trace(*pytree.tree_flatten(inputs))
+            except RuntimeError:
+                if not self._graphs:
+                    raise
+                self._untraceable.add(key)  # what this form does in Python stays there: other modes, other layers
+                return self.function(*inputs)
         graph, form = self._graphs[key]
         with torch.no_grad():
             return pytree.tree_unflatten(graph(*tensors), form)
@@ -75,13 +83,12 @@ class Traced(Engine):
         self.engine = engine
         self.function = TracedFunction(self._products, compile=compile)
 
-    def products(self, point: Point, gam: Vectors) -> tuple[Vectors | None, Tensor]:
-        return self.function(point.params, point.rest, point.batch, point.coefficients, point.weights, gam)
+    def products(self, point: Point, gam: Vectors, bet: Vectors = ()) -> Products:
+        given = tuple(getattr(point, field.name) for field in fields(Point))
+        return self.function(self.objective.mode, given, gam, bet)
 
-    def _products(
-        self, params: Vectors, rest: dict[str, Tensor], batch: Any, coefficients: Tensor, weights: Tensor, gam: Vectors
-    ) -> tuple[Vectors | None, Tensor]:
-        return self.engine.products(Point(params, rest, batch, coefficients, weights), gam)
+    def _products(self, mode: int, given: tuple[Any, ...], gam: Vectors, bet: Vectors) -> Products:
+        return self.engine.products(Point(*given), gam, bet)
 
     def __repr__(self) -> str:
         return f"<{self.engine.method} engine {self.engine.name}, {'compiled' if self.function.compile else 'traced'}>"

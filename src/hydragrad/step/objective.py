@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 
 from hydragrad.errors import UnsupportedError, message
 from hydragrad.problem import Problem
+from hydragrad.step.draws import HandOut, captured
+from hydragrad.step.normalization import PureStatistics
 
 _HARMLESS = (
     "There is a performance drop because we have not yet implemented the batching rule",  # vmap loops; we measure that
@@ -27,10 +29,11 @@ Vectors = tuple[Tensor, ...]
 @final
 @dataclass(frozen=True)
 class Point:
-    """Where one micro-batch's objective J(w; eps) = sum_i c_i (1 + eps_i) loss_i(w) is differentiated.
+    """Where one micro-batch's objective J(w, v; eps) = sum_i c_i (1 + eps_i) loss_i(w, v) is differentiated.
 
-    ``params`` w_t; ``rest``: frozen parameters and buffers; ``coefficients`` c and ``weights`` 1 + eps, each with the
-    shape of the losses.
+    ``params`` w_t; ``rest``: frozen parameters and other buffers; ``coefficients`` c and ``weights`` 1 + eps, each with
+    the shape of the losses; ``carried`` v_t: the buffers that training changes; ``draws``: the random numbers of the
+    forward pass, in order.
     """
 
     params: Vectors
@@ -38,6 +41,8 @@ class Point:
     batch: Any
     coefficients: Tensor
     weights: Tensor
+    carried: Vectors = ()
+    draws: Vectors = ()
 
 
 @final
@@ -55,17 +60,31 @@ class _Losses(nn.Module):
 
 @final
 class Objective:
-    """Pure functions of ``(params, rest, batch)`` over a private copy of the model; ``names``: what ``params`` are."""
+    """Pure functions of ``(params, rest, batch, carried, draws)`` over a private copy of the model.
 
-    def __init__(self, problem: Problem, module: nn.Module, names: Sequence[str]) -> None:
+    ``names``: what ``params`` are; ``carried``: names of the float buffers that training changes, given and returned
+    as values; ``counters``: those of other buffers that it changes, which only steer (num_batches_tracked).
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        module: nn.Module,
+        names: Sequence[str],
+        carried: Sequence[str] = (),
+        counters: Sequence[str] = (),
+    ) -> None:
         self.problem = problem
-        self.names = tuple(names)
+        self.names, self.carried, self.counters = tuple(names), tuple(carried), tuple(counters)
         self.module = module
         self._losses = _Losses(module, problem.loss)
         self.fragile = any(isinstance(part, nn.RNNBase) for part in module.modules())
         self._weight_normed = any(type(part).__name__ == "_WeightNorm" for part in module.modules())
         self._modules = dict(module.named_modules())
         self._modes: Mapping[str, bool] | None = None
+        self._known_modes = {self._training(): 0}
+        self.mode = 0
+        """A number for the modes the submodules are in: what is computed, and any graph of it, depends on them."""
         self._shapes: dict[Any, torch.Size] = {}
 
     def follow_modes(self, modes: Mapping[str, bool]) -> None:
@@ -74,55 +93,138 @@ class Objective:
             for name, part in self._modules.items():
                 part.training = modes.get(name, part.training)
             self._modes = modes
+            self.mode = self._known_modes.setdefault(self._training(), len(self._known_modes))
 
-    def loss_shape(self, params: Vectors, rest: dict[str, Tensor], batch: Any, examples: int) -> torch.Size:
+    def _training(self) -> frozenset[str]:
+        return frozenset(name for name, part in self._modules.items() if part.training)
+
+    def loss_shape(self, point: Point, examples: int) -> torch.Size:
         """The shape of the losses of a batch, found by running it once for every form of batch."""
-        leaves, structure = pytree.tree_flatten(batch)
+        leaves, structure = pytree.tree_flatten(point.batch)
         key = (examples, structure, tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves))
         if key not in self._shapes:
-            losses = self.losses(params, rest, batch)
+            losses = self.losses(point.params, point.rest, point.batch, point.carried, point.draws)
             self._shapes[key] = self.problem.checked(losses, examples).shape
         return self._shapes[key]
 
-    def losses(self, params: Vectors, rest: dict[str, Tensor], batch: Any) -> Tensor:
-        """Per-example losses, ``[b]`` or ``[b, L]``."""
-        tensors = {f"model.{name}": value for name, value in (*zip(self.names, params, strict=True), *rest.items())}
-        return torch.func.functional_call(self._losses, tensors, (batch,))
+    def drawn(self, point: Point) -> Vectors:
+        """The random numbers that the forward pass draws from the present random state, in order."""
+        with self.differentiable(), torch.no_grad():
+            tensors = self._tensors(point.params, point.rest, point.carried)
+            return captured(lambda: self._run(tensors, point.batch, None))[1]
 
-    def scalar(
-        self, params: Vectors, rest: dict[str, Tensor], batch: Any, coefficients: Tensor, weights: Tensor
+    def after(self, point: Point) -> tuple[Vectors, dict[str, Tensor]]:
+        """``(carried, rest)`` as the forward pass leaves them: where the next micro-batch starts."""
+        with self.differentiable(), torch.no_grad():
+            tensors = self._tensors(point.params, point.rest, point.carried)
+            self._run(tensors, point.batch, HandOut(point.draws) if point.draws else None)
+        moved = {name: tensors[f"model.{name}"] for name in self.counters}
+        return self._carried_of(tensors), {**point.rest, **moved}
+
+    def losses(
+        self, params: Vectors, rest: dict[str, Tensor], batch: Any, carried: Vectors = (), draws: Vectors = ()
     ) -> Tensor:
-        """J of the micro-batch."""
-        return (coefficients * weights * self.losses(params, rest, batch)).sum()
+        """Per-example losses, ``[b]`` or ``[b, L]``."""
+        return self.evaluate(params, rest, batch, carried, draws)[0]
 
-    def outputs(self, params: Vectors, rest: dict[str, Tensor], batch: Any) -> tuple[Vectors, list[Any]]:
-        """Float tensors among the outputs of every call of the model within the loss, and what restores the rest."""
+    def evaluate(
+        self, params: Vectors, rest: dict[str, Tensor], batch: Any, carried: Vectors = (), draws: Vectors = ()
+    ) -> tuple[Tensor, Vectors]:
+        """Per-example losses, and V(w, v): the carried buffers after the forward pass."""
+        tensors = self._tensors(params, rest, carried)
+        losses = self._run(tensors, batch, HandOut(draws) if draws else None)
+        return losses, self._carried_of(tensors)
+
+    def scalar(self, point: Point, params: Vectors, carried: Vectors, weights: Tensor, tau: Vectors) -> Tensor:
+        """J + tau . V, at other params, buffers and weights than the point's.
+
+        Its gradient in tau is V: with tau = 0 beside w, whatever differentiates J takes the buffers along.
+        """
+        losses, after = self.evaluate(params, point.rest, point.batch, carried, point.draws)
+        total = (point.coefficients * weights * losses).sum()
+        for t, v in zip(tau, after, strict=True):
+            total = total + (t * v).sum()
+        return total
+
+    def outputs(
+        self, params: Vectors, rest: dict[str, Tensor], batch: Any, carried: Vectors = (), draws: Vectors = ()
+    ) -> tuple[Vectors, list[Any], Vectors]:
+        """Float tensors among the outputs of every call of the model within the loss, what restores the rest, and V."""
         calls: list[Any] = []
+        spans: list[tuple[int, int]] = []
         forward = self.module.forward
+        dealer = HandOut(draws) if draws else None
 
         def capture(*args: Any, **kwargs: Any) -> Any:
+            first = dealer.position if dealer else 0
             calls.append(forward(*args, **kwargs))
+            spans.append((first, dealer.position if dealer else 0))
             return calls[-1]
 
+        tensors = self._tensors(params, rest, carried)
         with _forward_replaced(self.module, capture):
-            self.losses(params, rest, batch)
+            self._run(tensors, batch, dealer)
         leaves, structure = pytree.tree_flatten(calls)
         floats = tuple(leaf for leaf in leaves if _differentiable(leaf))
-        return floats, [structure, [None if _differentiable(leaf) else leaf for leaf in leaves]]
+        others = [structure, [None if _differentiable(leaf) else leaf for leaf in leaves], spans]
+        return floats, others, self._carried_of(tensors)
 
-    def head(self, floats: Vectors, others: list[Any], params: Vectors, rest: dict[str, Tensor], batch: Any) -> Tensor:
+    def head(
+        self,
+        floats: Vectors,
+        others: list[Any],
+        params: Vectors,
+        rest: dict[str, Tensor],
+        batch: Any,
+        carried: Vectors = (),
+        draws: Vectors = (),
+    ) -> Tensor:
         """The losses from given model outputs, the model itself not run."""
-        structure, leaves = others
+        structure, leaves, spans = others
         given = iter(floats)
         calls = iter(pytree.tree_unflatten([next(given) if leaf is None else leaf for leaf in leaves], structure))
-        with _forward_replaced(self.module, lambda *args, **kwargs: next(calls)):
-            return self.losses(params, rest, batch)
+        dealer, skipped = HandOut(draws) if draws else None, iter(spans)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if dealer is not None:  # the model's draws are in its outputs; the loss's own are handed out
+                dealer.position = next(skipped)[1]
+            return next(calls)
+
+        with _forward_replaced(self.module, forward):
+            return self._run(self._tensors(params, rest, carried), batch, dealer)
+
+    def _tensors(self, params: Vectors, rest: dict[str, Tensor], carried: Vectors) -> dict[str, Tensor]:
+        """Everything by the name it has below the loss; what a forward pass may write to is copied."""
+        tensors = {f"model.{name}": value for name, value in (*zip(self.names, params, strict=True), *rest.items())}
+        for name in self.counters:
+            tensors[f"model.{name}"] = tensors[f"model.{name}"].clone()
+        tensors.update({f"model.{name}": v.clone() for name, v in zip(self.carried, carried, strict=True)})
+        return tensors
+
+    def _carried_of(self, tensors: dict[str, Tensor]) -> Vectors:
+        return tuple(tensors[f"model.{name}"] for name in self.carried)
+
+    def _run(self, tensors: dict[str, Tensor], batch: Any, dealer: HandOut | None) -> Tensor:
+        """The losses; ``tensors`` then hold what the forward pass left in them."""
+        if dealer is None and not self.carried:
+            return torch.func.functional_call(self._losses, tensors, (batch,))
+        with contextlib.ExitStack() as stack:
+            if dealer is not None:
+                stack.enter_context(dealer)
+            statistics = stack.enter_context(PureStatistics())
+            losses = torch.func.functional_call(self._losses, tensors, (batch,))
+        if dealer is not None:
+            dealer.finish()
+        for name in self.carried:
+            tensors[f"model.{name}"] = statistics.after(tensors[f"model.{name}"])
+        return losses
 
     def check_split(self, point: Point) -> None:
         """Refuse a loss that uses the parameters beside the model's outputs: it has no Gauss-Newton matrix J^T H J."""
         params = tuple(p.detach().requires_grad_() for p in point.params)
-        floats, others = self.outputs(point.params, point.rest, point.batch)
-        losses = self.head(tuple(f.detach() for f in floats), others, params, point.rest, point.batch)
+        given = (point.rest, point.batch, point.carried, point.draws)
+        floats, others, _ = self.outputs(point.params, *given)
+        losses = self.head(tuple(f.detach() for f in floats), others, params, *given)
         direct: Sequence[Tensor | None] = [None]
         if losses.requires_grad:
             direct = torch.autograd.grad(losses.sum(), params, allow_unused=True)

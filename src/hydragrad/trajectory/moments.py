@@ -7,20 +7,27 @@ from typing import Any, final
 from torch import Tensor
 
 from hydragrad.trajectory.agreement import state_difference
+from hydragrad.trajectory.randomness import RandomState
 from hydragrad.trajectory.replay import Replayer
 from hydragrad.trajectory.state import State, StepRecord
 from hydragrad.trajectory.store import Trajectory
+
+_Revisited = tuple[State, dict[str, Tensor], tuple[RandomState | None, ...]]
 
 
 @final
 @dataclass(frozen=True)
 class Moment:
-    """One step revisited: its record, the state before it, its gradient by parameter name, its micro-batches."""
+    """One step revisited: its record, the state before it, its gradient by parameter name, its micro-batches.
+
+    ``random``: the state that each micro-batch's random numbers were drawn from, None where none were.
+    """
 
     record: StepRecord
     state: State
     gradient: dict[str, Tensor]
     batches: list[tuple[Tensor, Any]]
+    random: tuple[RandomState | None, ...] = ()
 
 
 def advance(replayer: Replayer, record: StepRecord, *, compare: bool = True) -> dict[str, Tensor]:
@@ -36,7 +43,7 @@ def forwards(replayer: Replayer, trajectory: Trajectory, stop: int) -> Iterator[
     for record in trajectory.steps[:stop]:
         before = replayer.state()
         gradient = advance(replayer, record)
-        yield Moment(record, before, gradient, replayer.batches(record, compare=False))
+        yield Moment(record, before, gradient, replayer.batches(record, compare=False), replayer.random)
 
 
 @final
@@ -93,17 +100,17 @@ class Backwards:
                 self._compare = True
                 moments = self._replayed(state, stop, compare=True)
         while moments:
-            before, gradient = moments.pop()
+            before, gradient, random = moments.pop()
             record = self.trajectory.steps[before.step]
-            yield Moment(record, before, gradient, self.replayer.batches(record, compare=False))
+            yield Moment(record, before, gradient, self.replayer.batches(record, compare=False), random)
 
-    def _replayed(self, state: State, stop: int, *, compare: bool) -> list[tuple[State, dict[str, Tensor]]]:
-        """The state before each step, and its gradient."""
+    def _replayed(self, state: State, stop: int, *, compare: bool) -> list[_Revisited]:
+        """The state before each step, its gradient, the random states of its micro-batches."""
         self.replayer.restore(state)
-        moments = []
+        moments: list[_Revisited] = []
         for t in range(state.step, stop):
             before = state if t == state.step else self.replayer.state()
-            moments.append((before, self._advance(t, compare=compare)))
+            moments.append((before, self._advance(t, compare=compare), self.replayer.random))
         return moments
 
     def _advance(self, t: int, *, compare: bool) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from hydragrad.trajectory.agreement import explain_data, explain_gradient, gradi
 from hydragrad.trajectory.batches import BatchSource
 from hydragrad.trajectory.fingerprints import GradientFingerprint, batch_digests
 from hydragrad.trajectory.optimizers import build_optimizer, restore_optimizer
+from hydragrad.trajectory.randomness import RandomState
 from hydragrad.trajectory.state import Hyper, State, StepRecord, capture_state
 from hydragrad.trajectory.store import Trajectory
 
@@ -54,6 +55,8 @@ class Replayer:
         self.device = next((param.device for param in self._params.values()), torch.device("cpu"))
         self.source = BatchSource(problem.data, problem.collate, self.device, manifest.collate["mode"])
         self._fingerprint = GradientFingerprint([param.numel() for param in self._params.values()])
+        self.random: tuple[RandomState | None, ...] = ()
+        """The state that each micro-batch of the latest step drew its random numbers from, None where it drew none."""
         self._step = 0
         self._groups: tuple[Hyper, ...] | None = None
         self._modes: Mapping[str, bool] | None = None
@@ -107,11 +110,14 @@ class Replayer:
         self._follow(step)
         for param in self._params.values():
             param.grad = None
+        random: list[RandomState | None] = []
         with self._quiet(step), torch.enable_grad():
             for ids, batch in self.batches(step, compare=compare):
+                random.append(RandomState.now() if step.random else None)
                 losses = self._problem.losses(self.module, batch, len(ids))
                 chosen = None if weights is None else weights[ids]
                 self._problem.reduction.scalar(batch, losses, chosen).backward()
+        self.random = tuple(random)
         for param in self._trained:
             if param.grad is None:  # unreached now, yet the recorded gradient was zeros and took part in the step
                 param.grad = torch.zeros_like(param)
