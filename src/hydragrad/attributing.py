@@ -15,7 +15,7 @@ from hydragrad.errors import MismatchError, NonFiniteError, message
 from hydragrad.hypergradient.engines import check_method
 from hydragrad.hypergradient.pages import kept_pages
 from hydragrad.hypergradient.queries import Columns, Queries, example_ids, group_numbers
-from hydragrad.hypergradient.reverse import Adjoint, hessian_free_sweep, reverse_sweep, start
+from hydragrad.hypergradient.reverse import Adjoint, Direction, direction_of, hessian_free_sweep, reverse_sweep, start
 from hydragrad.hypergradient.scaled import ScaledEngine
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.planning import Plan, plan_sweep
@@ -112,6 +112,7 @@ class Rows:
 
     def __init__(self, of: Tensor, ids: Tensor) -> None:
         self.of, self.ids = of, ids
+        self.whole = torch.equal(of, torch.arange(len(of)))  # every example its own row: nothing to look up
 
     @staticmethod
     def make(run: Run, groups: Any, train: Any) -> "Rows":
@@ -157,8 +158,8 @@ class _Scores:
         assert self._open is not None
         terms = terms.flatten(2).sum(2) if terms.dim() > 2 else terms
         target = self._open[epoch if self.by_epoch else 0]
-        at = self.rows.of[ids]
-        if bool((at < 0).any()):
+        at = ids if self.rows.whole else self.rows.of[ids]
+        if not self.rows.whole and bool((at < 0).any()):
             kept = at >= 0
             at, terms = at[kept], terms[:, kept.to(terms.device)]
         target[:, chosen].index_add_(0, at.to(target.device), terms.T, alpha=-1)
@@ -191,10 +192,10 @@ class _Watch:
         self.bar = tqdm(total=steps * sweeps, desc="sweeping back", unit="step", delay=2, disable=not progress)
         self._first: Tensor | None = None
 
-    def begin(self, adjoint: Adjoint) -> None:
+    def begin(self, adjoint: Adjoint | Direction) -> None:
         self._first = adjoint.norms()
 
-    def __call__(self, step: int, adjoint: Adjoint) -> None:
+    def __call__(self, step: int, adjoint: Adjoint | Direction) -> None:
         self.bar.update()
         if step % self.every and step:
             return
@@ -228,7 +229,7 @@ def _sweep(sweep: Sweep, asked: Queries, columns: Columns, scores: _Scores, plan
             moments = Backwards(sweep.replayer, sweep.run.trajectory, sweep.stop, plan.segment)
             common = (adjoint, min(plan.block, chosen.stop - chosen.start), scores.add, watch)
             if isinstance(engine, ScaledEngine):
-                watch.begin(Adjoint([torch.ones_like(x[:1]) for x in adjoint.lam], []))
+                watch.begin(direction_of(adjoint, sweep.optimizer))
                 hessian_free_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
             else:
                 watch.begin(adjoint)

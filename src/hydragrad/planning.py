@@ -87,7 +87,7 @@ def plan_sweep(
     sizes = chosen.sizes
     result = rows * queries * sizes.number
     # what every choice needs: the block's engine, the result (its copy on the device while a sweep lasts)
-    fixed = result + chosen.block * sizes.engine
+    fixed = result + chosen.block * sizes.engine + chosen.held
     left = max(budget - fixed, 0)
     segment = max(2, min(sizes.longest, min(left // 4, left - sizes.adjoint - rows * sizes.number) // sizes.state))
     left = max(left - segment * sizes.state, 0)
@@ -97,7 +97,7 @@ def plan_sweep(
     chosen = chosen.limited(carried)
     replays = sweeps * (1 if segment >= sizes.longest else 2)
     seconds = sweep.stop * (replays * chosen.replay + queries * chosen.per_query)
-    peak = result + chosen.block * sizes.engine + segment * sizes.state
+    peak = result + chosen.block * sizes.engine + chosen.held + segment * sizes.state
     peak += carried * (sizes.adjoint + rows * sizes.number)
     reasons = list(chosen.reasons)
     if peak > budget:

@@ -154,8 +154,9 @@ class Wrong(Engine):
 
 
 def test_an_engine_that_disagrees_is_not_used(sweep, monkeypatch):
-    monkeypatch.setattr("hydragrad.hypergradient.choosing.candidates", lambda method, objective: (Wrong(objective),))
-    monkeypatch.setattr("hydragrad.hypergradient.choosing._SHARE", 1e9)
+    monkeypatch.setattr("hydragrad.hypergradient.searching.candidates", lambda method, objective: (Wrong(objective),))
+    for share in ("_SHARE", "_FIRST_SHARE"):
+        monkeypatch.setattr(f"hydragrad.hypergradient.searching.{share}", 1e9)
     chosen = choose(sweep, 4, "exact", memory=2**40, block=None, compile=False)
     assert isinstance(chosen.engine, exact.DoubleBackward)
     assert any("disagrees" in reason for reason in chosen.reasons)
@@ -182,7 +183,8 @@ class Coupled(nn.Module):
 
 
 def test_batch_coupled_models_are_exact_and_never_use_per_example_gradients(tmp_path, monkeypatch):
-    monkeypatch.setattr("hydragrad.hypergradient.choosing._SHARE", 1e9)
+    for share in ("_SHARE", "_FIRST_SHARE"):
+        monkeypatch.setattr(f"hydragrad.hypergradient.searching.{share}", 1e9)
     plain = case("mlp_tanh")
     groups = [(["layer.weight", "layer.bias"], {"lr": 0.1})]
     recipe = replace(recipe_of(plain), model=Coupled().double(), groups=groups)

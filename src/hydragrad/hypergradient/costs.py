@@ -31,18 +31,18 @@ class Timed:
         return self.seconds / self.block
 
 
-def quick_seconds(work: Callable[[], object], device: torch.device, least: float = 0.005) -> float:
-    """The shortest of a few runs that take ``least`` seconds together, at least two; whoever calls has warmed it up."""
+def quick_seconds(work: Callable[[], object], device: torch.device, least: float = 0.03) -> float:
+    """The shortest of a few runs that take ``least`` seconds together; the first is only there to warm up."""
     best, spent, runs = float("inf"), 0.0, 0
-    while runs < 2 or (spent < least and runs < 8):
+    while runs < 4 or (spent < least and runs < 20):
         synchronize(device)
         began = time.perf_counter()
         work()
         synchronize(device)
         took = time.perf_counter() - began
-        best, spent, runs = min(best, took), spent + took, runs + 1
-        if took > 2.0:  # long enough to be its own measurement
-            break
+        best, spent, runs = min(best, took) if runs else best, spent + took, runs + 1
+        if spent > 3.0:  # long enough to be its own measurement; a single long run may be another program's doing
+            return min(best, took)
     return best
 
 

@@ -36,6 +36,10 @@ class Engine(abc.ABC):
     def products(self, point: Point, gam: Vectors, bet: Vectors = ()) -> Products:
         """The three results for the block of cotangents ``gam`` of the gradient and ``bet`` of the buffers."""
 
+    def held(self, point: Point) -> int:
+        """Bytes that stay from one block to the next of the same point."""
+        return 0
+
     def __repr__(self) -> str:
         return f"<{self.method} engine {self.name}>"
 

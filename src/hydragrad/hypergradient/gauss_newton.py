@@ -10,7 +10,7 @@ from hydragrad.hypergradient.curvature import Engine, Products, over_block, rows
 from hydragrad.step.objective import Point, Vectors
 
 
-class _GaussNewton(Engine):
+class GaussNewton(Engine):
     """J gam by some means, then H_out and the terms at the (small) outputs, then J^T by one backward pass.
 
     With carried buffers the Jacobian's transpose is taken in (w, v): dg/dv is J_w^T H_out J_v, and V goes along.
@@ -42,7 +42,7 @@ class _GaussNewton(Engine):
 
 
 @final
-class JvpThenVjp(_GaussNewton):
+class JvpThenVjp(GaussNewton):
     """J gam in forward mode, J^T in reverse mode."""
 
     name = "jvp-then-vjp"
@@ -67,7 +67,7 @@ class JvpThenVjp(_GaussNewton):
 
 
 @final
-class DoubleVjp(_GaussNewton):
+class DoubleVjp(GaussNewton):
     """J gam as the derivative of the vector-Jacobian product in its cotangent: no forward mode needed of the model."""
 
     name = "double-vjp"

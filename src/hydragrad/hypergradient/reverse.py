@@ -1,5 +1,7 @@
 """The reverse sweep: adjoints of a block of queries carried from the last step to the first."""
 
+import abc
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -110,6 +112,62 @@ def reverse_sweep(
     return adjoint
 
 
+class Direction(abc.ABC):
+    """What multiplies every query's lam_T when C = 0: the adjoint of a vector of ones, elementwise."""
+
+    @abc.abstractmethod
+    def pull(self, linearizations: Sequence[Linearization | None]) -> Sequence[Tensor | float]:
+        """One update back; the factor of gam, for each parameter."""
+
+    @abc.abstractmethod
+    def norms(self) -> Tensor:
+        """The direction's norm, [1]."""
+
+
+@final
+class Uniform(Direction):
+    """For linear updates (SGD) all elements of a parameter share one number: the paper's fixed direction."""
+
+    def __init__(self, slots: Sequence[Sequence[str]]) -> None:
+        self.lam = [1.0] * len(slots)
+        self.sig = [dict.fromkeys(names, 0.0) for names in slots]
+
+    def pull(self, linearizations: Sequence[Linearization | None]) -> Sequence[float]:
+        scale = []
+        for p, linearization in enumerate(linearizations):
+            if linearization is None:
+                scale.append(0.0)
+                continue
+            self.lam[p], self.sig[p], factor = linearization.pull_numbers(self.lam[p], self.sig[p])
+            scale.append(factor)
+        return scale
+
+    def norms(self) -> Tensor:
+        return torch.tensor([math.hypot(*self.lam)], dtype=torch.float64)
+
+
+@final
+class Elementwise(Direction):
+    """For other updates every element has its own factor."""
+
+    def __init__(self, like: Sequence[Tensor], slots: Sequence[tuple[str, ...]]) -> None:
+        self.ones = start(tuple(torch.ones_like(x[:1]) for x in like), slots)
+        self.scale = [torch.zeros_like(x) for x in self.ones.lam]
+
+    def pull(self, linearizations: Sequence[Linearization | None]) -> Sequence[Tensor]:
+        pull_update(self.ones, linearizations, self.scale)
+        return [x[0] for x in self.scale]
+
+    def norms(self) -> Tensor:
+        return self.ones.norms()
+
+
+def direction_of(adjoint: Adjoint, optimizer: OptimizerMap) -> Direction:
+    """The direction at the end of the run, all ones."""
+    slots = [tuple(held) for held in adjoint.sig]
+    return Uniform(slots) if optimizer.update.linear else Elementwise(adjoint.lam, slots)
+
+
 def hessian_free_sweep(
     moments: Iterable[Moment],
     objective: Objective,
@@ -118,23 +176,22 @@ def hessian_free_sweep(
     adjoint: Adjoint,
     block: int,
     sink: Sink,
-    watch: Callable[[int, Adjoint], None],
-) -> Adjoint:
+    watch: Callable[[int, Direction], None],
+) -> Direction:
     """The same with C = 0, where every map is elementwise: lam_t = d_t * lam_T, gam_t = e_t * lam_T.
 
-    So one adjoint of ones is carried instead of Q, and each step costs one product of the (scaled) per-example
-    gradients with the fixed lam_T. For SGD, d_t and e_t are single numbers: the paper's fixed direction.
+    So one direction is carried instead of Q adjoints, and each step costs one product of the (scaled) per-example
+    gradients with the fixed lam_T.
     """
-    ones = start(tuple(torch.ones_like(x[:1]) for x in adjoint.lam), [tuple(s) for s in adjoint.sig])
-    scale = [torch.zeros_like(x) for x in ones.lam]
+    direction = direction_of(adjoint, optimizer)
     for moment in moments:
         linearizations = optimizer.linearize(
             moment.state.params, moment.state.optimizer, moment.gradient, moment.record.groups
         )
-        pull_update(ones, linearizations, scale)
+        scale = direction.pull(linearizations)
         for ids, epoch, point in points_of(moment, objective):
             for chosen, skip in blocks(len(adjoint), block):
-                terms = engine.terms(point, tuple(x[0] for x in scale), tuple(x[chosen] for x in adjoint.lam))
+                terms = engine.terms(point, scale, tuple(x[chosen] for x in adjoint.lam))
                 sink(ids, slice(chosen.start + skip, chosen.stop), terms[skip:], epoch)
-        watch(moment.record.index, ones)
-    return ones
+        watch(moment.record.index, direction)
+    return direction

@@ -1,6 +1,7 @@
 """Engines of the hessian-free sweep: per-example gradients, scaled elementwise, times fixed directions."""
 
 import abc
+from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
 import torch
@@ -11,9 +12,14 @@ from hydragrad.hypergradient.curvature import Engine
 from hydragrad.hypergradient.tracing import TracedFunction
 from hydragrad.step.objective import Objective, Point, Vectors
 
+Scale = Sequence[Tensor | float]
+
 
 class ScaledEngine(abc.ABC):
-    """Computes terms ``[K, b]`` (or ``[K, b, L]``): c_i grad loss_i . (scale * direction_k), elementwise scale."""
+    """Computes terms ``[K, b]`` (or ``[K, b, L]``): c_i grad loss_i . (scale * direction_k).
+
+    ``scale``: for each parameter a tensor of its shape, or a number where all its elements share one.
+    """
 
     name: ClassVar[str]
     batched: ClassVar[bool] = True
@@ -22,8 +28,12 @@ class ScaledEngine(abc.ABC):
         self.objective = objective
 
     @abc.abstractmethod
-    def terms(self, point: Point, scale: Vectors, directions: Vectors) -> Tensor:
+    def terms(self, point: Point, scale: Scale, directions: Vectors) -> Tensor:
         """The terms of a block of directions."""
+
+    def held(self, point: Point) -> int:
+        """Bytes that stay from one block to the next of the same point."""
+        return 0
 
 
 @final
@@ -36,7 +46,7 @@ class Direct(ScaledEngine):
         super().__init__(engine.objective)
         self.engine = engine
 
-    def terms(self, point: Point, scale: Vectors, directions: Vectors) -> Tensor:
+    def terms(self, point: Point, scale: Scale, directions: Vectors) -> Tensor:
         return self.engine.products(point, tuple(s * d for s, d in zip(scale, directions, strict=True)))[1]
 
     def __repr__(self) -> str:
@@ -58,7 +68,10 @@ class PerExampleGradients(ScaledEngine):
         self._last: tuple[Point, Vectors] | None = None
         self._traced = TracedFunction(self._gradients)
 
-    def terms(self, point: Point, scale: Vectors, directions: Vectors) -> Tensor:
+    def held(self, point: Point) -> int:
+        return point.coefficients.shape[0] * sum(p.nbytes for p in point.params)
+
+    def terms(self, point: Point, scale: Scale, directions: Vectors) -> Tensor:
         if self._last is None or self._last[0] is not point:
             self._last = (
                 point,
@@ -66,9 +79,12 @@ class PerExampleGradients(ScaledEngine):
             )
         total: Tensor | None = None
         for gradient, s, d in zip(self._last[1], scale, directions, strict=True):
-            scaled = (gradient * s).flatten(1)
-            d = d.flatten(1)
-            total = d @ scaled.T if total is None else torch.addmm(total, d, scaled.T)
+            if not isinstance(s, Tensor):  # a number waits for the product, which is smaller
+                part = d.flatten(1) @ gradient.flatten(1).T
+                total = part.mul_(s) if total is None else total.add_(part, alpha=s)
+                continue
+            part = d.flatten(1) @ (gradient * s).flatten(1).T
+            total = part if total is None else total.add_(part)
         assert total is not None
         return total
 

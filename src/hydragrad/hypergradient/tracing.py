@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from hydragrad.hypergradient.curvature import Engine, Products
 from hydragrad.hypergradient.simplify import simplified
+from hydragrad.step.forms import form_of
 from hydragrad.step.objective import Point, Vectors
 
 _MOST_GRAPHS = 16
@@ -39,7 +40,7 @@ class TracedFunction:
 
     def __call__(self, *inputs: Any) -> Any:
         tensors: list[Tensor] = []
-        key = _form(inputs, tensors)
+        key = form_of(inputs, tensors)
         if key not in self._graphs:
             self._seen[key] = self._seen.get(key, 0) + 1
             rare = self._graphs and self._seen[key] < _RARE
@@ -100,22 +101,3 @@ def _functional_graph(flat: Callable[..., list[Any]], tensors: list[Tensor]) -> 
         return make_fx(torch.func.functionalize(flat))(*tensors)
     except (RuntimeError, NotImplementedError):
         return make_fx(flat)(*tensors)
-
-
-def _form(value: Any, tensors: list[Tensor]) -> Any:
-    """What a graph holds for: structure, shapes and values that are no tensors. Collects ``tensors`` as pytree does."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return (value.shape, value.dtype, value.device)
-    if type(value) in (tuple, list):
-        return (type(value), *[_form(part, tensors) for part in value])
-    if type(value) is dict:
-        return (dict, *[(key, _form(part, tensors)) for key, part in value.items()])
-    leaves, structure = pytree.tree_flatten(value)
-    if len(leaves) == 1 and leaves[0] is value:
-        try:
-            hash(value)
-        except TypeError:
-            return repr(value)
-        return (type(value), value)
-    return (structure, *[_form(leaf, tensors) for leaf in leaves])

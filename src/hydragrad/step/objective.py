@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from hydragrad.errors import UnsupportedError, message
 from hydragrad.problem import Problem
 from hydragrad.step.draws import HandOut, captured
+from hydragrad.step.forms import form_of
 from hydragrad.step.normalization import PureStatistics
 
 _HARMLESS = (
@@ -100,8 +101,7 @@ class Objective:
 
     def loss_shape(self, point: Point, examples: int) -> torch.Size:
         """The shape of the losses of a batch, found by running it once for every form of batch."""
-        leaves, structure = pytree.tree_flatten(point.batch)
-        key = (examples, structure, tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves))
+        key = (examples, form_of(point.batch, []))
         if key not in self._shapes:
             losses = self.losses(point.params, point.rest, point.batch, point.carried, point.draws)
             self._shapes[key] = self.problem.checked(losses, examples).shape

@@ -72,6 +72,15 @@ class Linearization:
         if into_w is not None:
             lam.add_(into_w)
 
+    def pull_numbers(self, lam: float, sig: Mapping[str, float]) -> tuple[float, dict[str, float], float]:
+        """``vjp`` of numbers, where the coefficients are numbers too (a linear update)."""
+        outputs = {"w": lam, **sig}
+        pulled = dict.fromkeys(("w", *self.slots, "g"), 0.0)
+        for (target, source), coefficient in self.coefficients.items():
+            assert isinstance(coefficient, float)
+            pulled[source] += coefficient * outputs[target]
+        return pulled["w"], {slot: pulled[slot] for slot in self.slots}, pulled["g"]
+
     def jvp(self, dw: Tensor, ds: Slots, dg: Tensor) -> tuple[Tensor, Slots]:
         """Push tangents ``(dw, ds, dg)`` of ``(w, s, g)`` forward to ``(dw', ds')``."""
         inputs = {"w": dw, **ds, "g": dg}

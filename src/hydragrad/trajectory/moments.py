@@ -33,8 +33,7 @@ class Moment:
 def advance(replayer: Replayer, record: StepRecord, *, compare: bool = True) -> dict[str, Tensor]:
     """Take one step; its gradient by parameter name (absent: no gradient came)."""
     replayer.advance(record, compare=compare)
-    params = replayer.module.named_parameters()
-    return {name: p.grad for name, p in params if p.grad is not None and name not in record.without_grad}
+    return {name: g for name, g in replayer.gradients().items() if name not in record.without_grad}
 
 
 def forwards(replayer: Replayer, trajectory: Trajectory, stop: int) -> Iterator[Moment]:

@@ -86,6 +86,10 @@ class Replayer:
         """Where it stands, as detached clones."""
         return capture_state(self._step, self._params, self._buffers, self._optimizer)
 
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients of the step taken last, by parameter name (absent: none came)."""
+        return {name: param.grad for name, param in self._params.items() if param.grad is not None}
+
     def batches(self, step: StepRecord, *, compare: bool = True) -> list[tuple[Tensor, Any]]:
         """(ids, batch) of each micro-batch of a step, on the device; with ``compare`` its content is compared."""
         made = []

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -77,6 +78,7 @@ class Manifest:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+@torch.no_grad()
 def capture_state(
     step: int, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Optimizer
 ) -> State:
@@ -88,15 +90,15 @@ def capture_state(
             slots[name] = {slot: _clone(name, slot, value) for slot, value in held.items() if value is not None}
     return State(
         step,
-        {name: param.detach().clone() for name, param in params.items()},
-        {name: buffer.detach().clone() for name, buffer in buffers.items()},
+        {name: param.clone() for name, param in params.items()},
+        {name: buffer.clone() for name, buffer in buffers.items()},
         slots,
     )
 
 
 def _clone(name: str, slot: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value.clone()
     raise UnsupportedError(
         message(
             f"the optimizer keeps {slot!r} of parameter {name!r} as {type(value).__name__}",
