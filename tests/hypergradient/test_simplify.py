@@ -22,7 +22,7 @@ def network(params: tuple[Tensor, ...], x: Tensor) -> Tensor:
 def tangents_and_gradients(params: tuple[Tensor, ...], x: Tensor, vectors: tuple[Tensor, ...]) -> tuple:
     """A jvp and a vjp of one function: its forward pass is traced twice, and the tangent of x as zeros."""
     along = torch.func.vmap(lambda v: torch.func.jvp(lambda p: network(p, x), (params,), (v,))[1])(vectors)
-    out, pull = torch.func.vjp(lambda p: network(p, x), params)
+    out, pull, *_ = torch.func.vjp(lambda p: network(p, x), params)
     return along, pull(torch.ones_like(out))[0]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from hydragrad.errors import MismatchError
 from hydragrad.run import Run
 from hydragrad.trajectory.agreement import state_difference
 from hydragrad.trajectory.moments import Backwards, Moment, forwards
@@ -164,6 +165,24 @@ def test_drift_from_an_altered_checkpoint(runs: dict[int, Run], altered: int, mo
     list(swept)
     assert swept.drift[altered] == pytest.approx(1e-3, rel=2e-3)
     assert all(drift == 0.0 for step, drift in swept.drift.items() if step < altered)
+
+
+@pytest.mark.parametrize("most", [2, 1000])
+def test_a_sweep_that_meets_another_gradient_names_the_step(runs: dict[int, Run], most: int) -> None:
+    run, wrong = runs[7], 16
+    ids = run.steps[wrong].batches[0]
+
+    def other(model: nn.Module, batch: Any) -> Tensor:
+        values = losses(model, batch)
+        same = len(batch[0]) == len(ids) and all(
+            torch.equal(a, b[ids]) for a, b in zip(batch, make_data().tensors, strict=True)
+        )
+        return values * 1.5 if same else values
+
+    changed = Run(replace(run.problem, loss=other), run.trajectory)
+    swept = Backwards(changed.replayer(), changed.trajectory, STEPS, most)
+    with pytest.raises(MismatchError, match=f"step {wrong} is 1.5 times larger"):
+        list(swept)
 
 
 def test_drift_is_relative_to_each_tensor_and_infinite_for_nan() -> None:

@@ -140,8 +140,9 @@ class Search:
         prepared = isinstance(_inner(engine), Engine) and not isinstance(_inner(engine), (Traced, OutputJacobian))
         return (0.0 if prepared else self.preparing) + 4 * size * self.found.per_query
 
-    def _pays(self, seconds: float, share: float = _SHARE) -> bool:
+    def _pays(self, seconds: float, share: float | None = None) -> bool:
         """Whether another ``seconds`` of measuring are small against what is still to be done."""
+        share = _SHARE if share is None else share
         spent = time.perf_counter() - self.began
         return spent + seconds < share * self.steps * self.total * self.found.per_query
 

@@ -85,7 +85,7 @@ class Backwards:
         cuts = [state]
         self.replayer.restore(state)
         for t in range(state.step, state.step + (length - 1) // piece * piece):
-            self._advance(t, compare=False)
+            self._advance(t, compare=self._compare)
             if (self.replayer.step - state.step) % piece == 0:
                 cuts.append(self.replayer.state())
         for cut in reversed(cuts):
@@ -97,11 +97,19 @@ class Backwards:
             self.drift[stop] = state_difference(end, self.replayer.state())
             if self.drift[stop] and not self._compare:
                 self._compare = True
+                self._compared(state.step)
                 moments = self._replayed(state, stop, compare=True)
         while moments:
             before, gradient, random = moments.pop()
             record = self.trajectory.steps[before.step]
             yield Moment(record, before, gradient, self.replayer.batches(record, compare=False), random)
+
+    def _compared(self, stop: int) -> None:
+        """Go from the recorded state before ``stop`` up to it, comparing: what led astray may lie there."""
+        start = self.trajectory.nearest(stop)
+        self.replayer.restore(self.trajectory.state(start))
+        for t in range(start, stop):
+            self._advance(t, compare=True)
 
     def _replayed(self, state: State, stop: int, *, compare: bool) -> list[_Revisited]:
         """The state before each step, its gradient, the random states of its micro-batches."""
