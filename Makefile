@@ -47,7 +47,7 @@ wheel: $(VENV)/.dev  ## build sdist and wheel into dist/, and test a wheel in a 
 bench: $(VENV)/.dev  ## run the benchmarks
 	$(BIN)/python -m benchmarks
 
-compare: $(VENV)/.dev  ## compare with other methods and libraries (hours; PEERS=0: without the libraries)
+compare: $(VENV)/.compare  ## compare with other methods and libraries (hours; PEERS=0: without the libraries)
 ifneq ($(PEERS),0)
 	$(BIN)/python -m comparison.environments
 endif
@@ -69,7 +69,8 @@ clean:  ## remove all that make made: environment, caches, outputs
 # A stamp stands for "this environment has these extras", so that a second call installs nothing.
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.dev:  EXTRAS := demo,docs,dev
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+$(VENV)/.compare: EXTRAS := demo,docs,dev,baselines
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.compare: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@echo 'Installing hydragrad[$(EXTRAS)] into $(VENV): some minutes the first time, torch is large'
 	@$(INSTALL) -e '.[$(EXTRAS)]'
 	@touch $@

@@ -40,7 +40,7 @@ PEERS = (
     Peer("dattri", "shared", ("dattri-if-cg", "dattri-ekfac", "dattri-tracin", "dattri-trak", "dattri-dvemb")),
     Peer("captum", "shared", ("captum-tracin", "captum-tracin-fast", "captum-arnoldi")),
     Peer("kronfluence", "shared", ("kronfluence-ekfac",)),
-    Peer("trak", "shared", ("traker-trak",)),
+    Peer("traker", "shared", ("traker-trak",)),
     Peer("cleanlab", "shared", ("cleanlab-self-confidence",)),
 )
 

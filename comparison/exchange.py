@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,6 +168,18 @@ def reset_peak() -> None:
         return
 
 
+_AGAIN = 10.0
+_SECONDS = itemgetter(1)
+
+
+def _timed(method: Callable[[Folder], Answer], folder: Folder) -> tuple[Answer, float, int]:
+    """The answer, its seconds, the rise of the peak of resident memory."""
+    reset_peak()
+    before, began = peak_bytes(), time.perf_counter()
+    answer = method(folder)
+    return answer, time.perf_counter() - began, peak_bytes() - before
+
+
 def work(methods: Mapping[str, Callable[[Folder], Answer]], argv: list[str] | None = None) -> None:
     """The whole program of a worker: one method on one folder, timed beside plain training in the same process."""
     parser = argparse.ArgumentParser()
@@ -180,14 +193,13 @@ def work(methods: Mapping[str, Callable[[Folder], Answer]], argv: list[str] | No
     folder = Folder(options.folder)
     folder.plain_training()  # the first is slower
     training = [folder.plain_training() for _ in range(3)]
-    reset_peak()
-    before, began = peak_bytes(), time.perf_counter()
     try:
-        answer = methods[options.method](folder)
+        answer, seconds, peak = _timed(methods[options.method], folder)
+        if seconds < _AGAIN:  # the first call also imports and warms up
+            answer, seconds, _ = min((answer, seconds, peak), _timed(methods[options.method], folder), key=_SECONDS)
     except UnfitError as reason:
         write_text(options.out.with_suffix(".json"), json.dumps({"status": "unfit", "reason": str(reason)}))
         return
-    seconds, peak = time.perf_counter() - began, peak_bytes() - before
     training += [folder.plain_training() for _ in range(3)]
     parts = {"scores": answer.scores, "signal": answer.signal}
     tensors = {name: x.detach().double().contiguous() for name, x in parts.items() if x is not None}

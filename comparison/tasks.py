@@ -85,9 +85,9 @@ def _digits(queries: int) -> Sets:
 def _breast_cancer(queries: int) -> Sets:
     from sklearn.datasets import load_breast_cancer
 
-    points, labels = load_breast_cancer(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))
-    points, labels = points[order], labels[order]
+    found: Any = load_breast_cancer()
+    order = np.random.default_rng(0).permutation(len(found.target))
+    points, labels = found.data[order], found.target[order]
     n = 455
     points = (points - points[:n].mean(0)) / points[:n].std(0)
     x, y = torch.tensor(points, dtype=torch.float64), torch.tensor(labels, dtype=torch.int64)

@@ -1,5 +1,7 @@
 """captum 0.9.0. It returns [queries, examples]; positive: proponents."""
 
+# pyright: reportMissingImports=false
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """cleanlab 2.9.0: self-confidence of labels under models that were trained without them, in five folds."""
 
+# pyright: reportMissingImports=false
+
 import torch
 from cleanlab.rank import get_label_quality_scores
 

@@ -1,5 +1,7 @@
 """dattri 0.3.0. Influence functions add over the batches of a loader: one full batch is given."""
 
+# pyright: reportMissingImports=false
+
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +10,6 @@ from dattri.algorithm.dvemb import DVEmbAttributor
 from dattri.algorithm.influence_function import IFAttributorCG, IFAttributorEKFAC
 from dattri.algorithm.tracin import TracInAttributor
 from dattri.algorithm.trak import TRAKAttributor
-from dattri.func.utils import flatten_func
 from dattri.task import AttributionTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -44,10 +45,9 @@ def task_of(folder: Folder, steps: list[int], *, single: bool, margin: bool = Fa
         return -value - torch.log1p(-torch.exp(-value) + 1e-6)
 
     return AttributionTask(
-        loss_func=loss,
+        loss_func=target if margin else loss,
         model=model,
         checkpoints=[folder.state(step) for step in steps],
-        target_func=target if margin else None,
     )
 
 
@@ -65,21 +65,9 @@ def ekfac(folder: Folder) -> Answer:
     if not all(isinstance(part, nn.Linear) for part in model.modules() if list(part.parameters(recurse=False))):
         raise UnfitError("its EK-FAC knows linear layers alone")
 
-    def loss(params: Any, data: Any) -> tuple[Tensor, Tensor]:
-        inputs, targets = data
-        outputs = torch.func.functional_call(model, params, (inputs,))
-        return nn.functional.cross_entropy(outputs, targets), torch.ones(len(inputs), 1)
-
-    def target(params: Any, data: Any) -> Tensor:
-        return loss(params, data)[0]
-
-    checkpoint = [folder.state(folder.about.checkpoints[-1])]
-    task = AttributionTask(loss_func=target, model=model, checkpoints=checkpoint)
-    task.get_target_func = lambda *args, **kwargs: flatten_func(model)(loss)  # what its cache() calls
-    attributor = IFAttributorEKFAC(task, damping=0.01)
+    attributor = IFAttributorEKFAC(task_of(folder, folder.about.checkpoints[-1:], single=False), damping=0.01)
     train, queries = loaders(folder)
     attributor.cache(train)
-    del task.get_target_func
     return Answer(attributor.attribute(train, queries), note="damping 0.01")
 
 
@@ -94,17 +82,16 @@ def trak(folder: Folder) -> Answer:
     folder.probabilities()
     steps = folder.trained_checkpoints[-5:]
     model = folder.model()
-    loss = loss_of(folder, model, single=True)
+    loss, size = loss_of(folder, model, single=True), sum(p.numel() for p in model.parameters())
 
-    @flatten_func(model)
     def probability(params: Any, data: Any) -> Tensor:
         return torch.exp(-loss(params, data))
 
     attributor = TRAKAttributor(
         task_of(folder, steps, single=True, margin=True),
         correct_probability_func=probability,
-        projector_kwargs={"proj_dim": _PROJECTED, "device": "cpu"},
-        regularization=1e-3,
+        projector_kwargs={"proj_dim": min(_PROJECTED, size), "device": "cpu"},
+        regularization=1e-6,
     )
     train, queries = loaders(folder, 256)
     attributor.cache(train)

@@ -1,11 +1,13 @@
 """kronfluence 1.0.1: EK-FAC of linear and convolutional layers. It returns [queries, examples]."""
 
+# pyright: reportMissingImports=false
+
 import tempfile
 from typing import Any
 
 import torch
 from kronfluence.analyzer import Analyzer, prepare_model
-from kronfluence.arguments import FactorArguments
+from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.task import Task
 from torch import Tensor, nn
 
@@ -34,6 +36,7 @@ class _Losses(Task):
 def ekfac(folder: Folder) -> Answer:
     task = _Losses(folder)
     model = prepare_model(folder.model(), task)
+    damped = ScoreArguments(damping_factor=None)  # its paper's heuristic; the default, 1e-8, is as good as none
     with tempfile.TemporaryDirectory() as scratch:
         analyzer = Analyzer("run", model, task, cpu=True, output_dir=scratch, disable_tqdm=True)
         analyzer.fit_all_factors(
@@ -46,19 +49,26 @@ def ekfac(folder: Folder) -> Answer:
         analyzer.compute_pairwise_scores(
             "pairs",
             factors_name="ekfac",
+            score_args=damped,
             query_dataset=folder.queries,
             train_dataset=folder.train,
             per_device_query_batch_size=64,
             per_device_train_batch_size=256,
         )
         analyzer.compute_self_scores(
-            "selves", factors_name="ekfac", train_dataset=folder.train, per_device_train_batch_size=256
+            "selves",
+            factors_name="ekfac",
+            score_args=damped,
+            train_dataset=folder.train,
+            per_device_train_batch_size=256,
         )
         scores = analyzer.load_pairwise_scores("pairs")
         selves = analyzer.load_self_scores("selves")
     assert scores is not None
     assert selves is not None
-    return Answer(scores["all_modules"].T.clone(), selves["all_modules"].clone(), "its own damping; layers it knows")
+    return Answer(
+        scores["all_modules"].T.clone(), selves["all_modules"].clone(), "damping: a tenth of the mean eigenvalue"
+    )
 
 
 METHODS = {"kronfluence-ekfac": ekfac}

@@ -1,5 +1,7 @@
 """traker 0.3.2: TRAK on states of the one run, without an ensemble of trainings."""
 
+# pyright: reportMissingImports=false
+
 import logging
 import tempfile
 
@@ -18,14 +20,15 @@ def trak(folder: Folder) -> Answer:
     folder = folder.single()
     steps, model = folder.trained_checkpoints[-5:], folder.model()
     size = sum(p.numel() for p in model.parameters())
+    projected = min(_PROJECTED, size)  # more would make its matrix singular
     projector = BasicProjector(
-        grad_dim=size, proj_dim=_PROJECTED, seed=0, proj_type=ProjectionType.rademacher, device=torch.device("cpu"),
+        grad_dim=size, proj_dim=projected, seed=0, proj_type=ProjectionType.rademacher, device=torch.device("cpu"),
         block_size=100,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         traker = TRAKer(
             model=model, task="image_classification", train_set_size=len(folder.train), save_dir=scratch,
-            device="cpu", projector=projector, proj_dim=_PROJECTED, use_half_precision=False,
+            device="cpu", projector=projector, proj_dim=projected, use_half_precision=False,
             logging_level=logging.ERROR,
         )  # fmt: skip
         for place, step in enumerate(steps):
@@ -38,7 +41,7 @@ def trak(folder: Folder) -> Answer:
             for batch in DataLoader(folder.queries, batch_size=128):
                 traker.score(batch=batch, num_samples=len(batch[0]))
         scores = torch.tensor(traker.finalize_scores("queries").copy())
-    return Answer(scores, note=f"projected to {_PROJECTED}, {len(steps)} states of the run")
+    return Answer(scores, note=f"projected to {projected}, {len(steps)} states of the run")
 
 
 METHODS = {"traker-trak": trak}
