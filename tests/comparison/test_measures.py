@@ -43,6 +43,16 @@ def test_scores_that_add_up_predict_perfectly_and_their_negatives_oppositely():
     assert all(value == pytest.approx(-1.0) for value in predictions(-scores, real, SPEC).values())
 
 
+def test_each_measure_looks_at_its_own_retrainings():
+    scores = torch.randn(N, M, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for turned, name in enumerate(("loo", "lds_1", "lds_10", "lds_30")):
+        real = truth(lambda removed: removed @ scores)
+        starts = [0, SPEC.removed, SPEC.removed + SPEC.subsets, SPEC.removed + 2 * SPEC.subsets, None]
+        real["changes"][starts[turned] : starts[turned + 1]] *= -1
+        found = predictions(scores, real, SPEC)
+        assert {key for key, value in found.items() if value == pytest.approx(-1.0)} == {name}
+
+
 def test_weights_remove_what_they_say():
     ids, weights = weights_of(SPEC, N, seed=1)
     assert len(weights) == SPEC.removed + len(FRACTIONS) * SPEC.subsets
