@@ -106,11 +106,10 @@ def dvemb(folder: Folder) -> Answer:
     model = task.get_model().train()
     attributor = DVEmbAttributor(task, proj_dim=_PROJECTED)
     optimizer = torch.optim.SGD(model.parameters(), **folder.about.options)
-    rate = folder.lr / (1 - folder.about.options.get("momentum", 0.0))  # what momentum amounts to in the long run
     per_epoch = -(-len(folder.train) // folder.about.batch_size)
     for t, ids in enumerate(folder.batches):
         batch = [tensor[ids] for tensor in folder.train.tensors]
-        attributor.cache_gradients(t // per_epoch, tuple(batch), ids, rate)
+        attributor.cache_gradients(t // per_epoch, tuple(batch), ids, folder.lr)
         optimizer.zero_grad()
         folder.loss(model, batch).mean().backward()
         optimizer.step()
