@@ -88,13 +88,14 @@ class Setting:
         params = self.params(state)
         rest = {name: x for name, x in state.params.items() if name not in self.names} | state.buffers
         batch = self._source.fetch(ids)
+        empty = torch.empty(0, dtype=params[0].dtype, device=self.device)
+        point = Point(params, rest, batch, empty, empty)
         with torch.no_grad():
-            shape = self.objective.loss_shape(params, rest, batch, len(ids))
-            like = torch.empty(shape, dtype=params[0].dtype, device=self.device)
+            like = empty.new_empty(self.objective.loss_shape(point, len(ids)))
             reduction = self.run.problem.reduction
             scale = 1 if reduction.name == "sum" else len(ids)
             coefficients = (reduction.coefficients(batch, like) * scale).contiguous()
-        return Point(params, rest, batch, coefficients, torch.ones_like(coefficients))
+        return replace(point, coefficients=coefficients, weights=torch.ones_like(coefficients))
 
     def chunks(self, most: int = _MOST_ROWS) -> Iterator[Tensor]:
         """The ids of all training examples, in pieces."""
@@ -114,7 +115,7 @@ class Setting:
         together = min(self.room, most or self.room)
         for first in range(0, self.columns.count, together):
             chosen = slice(first, min(first + together, self.columns.count))
-            yield chosen, flat(self.asked.sensitivities(state, self.columns, chosen))
+            yield chosen, flat(self.asked.sensitivities(state, self.columns, chosen)[0])
 
     def products(self, state: State, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Products grad loss_i . change(grad m_j), [N, M] on the CPU; ``change`` maps [k, P] to [k, P]."""
@@ -146,8 +147,9 @@ class Setting:
 
     def _gradients(self, point: Point, ids: Tensor) -> Tensor:
         if self._trusted is not False:
+            at = (point.params, point.rest, point.batch, point.coefficients)
             try:
-                found = flat(self._rows.gradients(point.params, point.rest, point.batch, point.coefficients)).detach()
+                found = flat(self._rows.gradients(self.objective.mode, *at)).detach()
             except (RuntimeError, NotImplementedError, ValueError):
                 self._trusted = False  # an operation that vmap cannot batch
             else:
