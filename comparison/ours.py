@@ -14,7 +14,7 @@ def _attributed(method: str) -> Callable[[Folder], Answer]:
         try:
             # unchecked: here the retraining is the comparison's own
             found = hg.attribute(open_run(folder), folder.queries, method=method, check=False, progress=False)
-        except hg.UnsupportedError as error:
+        except hg.HydragradError as error:
             raise UnfitError(str(error)) from error
         return Answer(found.values, note=found.diagnostics.plan)
 
@@ -25,7 +25,7 @@ def _baseline(method: Callable[..., hg.Attribution], **settings: object) -> Call
     def scored(folder: Folder) -> Answer:
         try:
             found = method(open_run(folder), folder.queries, **settings)
-        except (hg.UnsupportedError, hg.NonFiniteError) as error:
+        except hg.HydragradError as error:
             raise UnfitError(str(error)) from error
         return Answer(found.values, note="; ".join([found.diagnostics.plan, *found.diagnostics.reasons[1:]]))
 

@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 import hydragrad as hg
 from hydragrad import baselines
+from tests.baselines.dense import trained
 from tests.tolerances import ORACLE, assert_close
 from tests.trajectory.loops import bind, make_data, make_model, record_run
 
@@ -104,6 +105,13 @@ def test_it_refuses_a_criterion_that_is_not_the_loss(linear):
     run, queries = linear
     with pytest.raises(hg.MismatchError, match="criterion"):
         baselines.kfac(run, queries, criterion=nn.MSELoss(reduction="sum"))
+
+
+def test_it_refuses_outputs_that_the_criterion_does_not_take(tmp_path):
+    pytest.importorskip("curvlinops")
+    run, _, problem, _ = trained("token_loss", tmp_path / "run")
+    with pytest.raises(hg.UnsupportedError, match="does not take"):
+        baselines.kfac(run, problem.queries)
 
 
 def test_it_refuses_layers_it_does_not_know(tmp_path):

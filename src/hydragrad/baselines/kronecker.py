@@ -114,7 +114,18 @@ class _Pairs:
         with torch.no_grad(), setting.objective.differentiable():
             ours = (point.coefficients * setting.objective.losses(point.params, point.rest, pair)).sum()
             tensors = dict(zip(setting.names, point.params, strict=True)) | point.rest
-            theirs = criterion(torch.func.functional_call(setting.objective.module, tensors, (pair[0],)), pair[1])
+            outputs = torch.func.functional_call(setting.objective.module, tensors, (pair[0],))
+            try:
+                theirs = criterion(outputs, pair[1])
+            except (RuntimeError, ValueError) as error:
+                raise UnsupportedError(
+                    message(
+                        "the criterion does not take the model's outputs as they are",
+                        expected=f"outputs and targets for {criterion}",
+                        got=f"shapes {list(outputs.shape)} and {list(pair[1].shape)}: {error}",
+                        remedy="give criterion=, or choose influence(..., solver='cg'), which takes every loss",
+                    )
+                ) from error
         mean = ours / point.coefficients.shape[0]
         if not torch.allclose(mean, theirs, rtol=1e-4, atol=1e-6):
             raise MismatchError(
