@@ -4,6 +4,7 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= 2
+PEERS   ?= 1
 
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
@@ -14,7 +15,7 @@ PICTURES := demo-output
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:  # half an environment is none
 .NOTPARALLEL:      # the steps of `test` run in the order given, also under -j
-.PHONY: help demo test lint types docs tests wheel bench paper format clean
+.PHONY: help demo test lint types docs tests wheel bench compare paper format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +47,13 @@ wheel: $(VENV)/.dev  ## build sdist and wheel into dist/, and test a wheel in a 
 bench: $(VENV)/.dev  ## run the benchmarks
 	$(BIN)/python -m benchmarks
 
+compare: $(VENV)/.compare  ## compare with other methods and libraries (hours; PEERS=0: without the libraries)
+ifneq ($(PEERS),0)
+	$(BIN)/python -m comparison.environments
+endif
+	$(BIN)/python -m comparison $(if $(filter 0,$(PEERS)),--no-peers)
+	$(BIN)/python -m comparison.table
+
 paper: $(VENV)/.dev  ## run the studies behind the tables in the documentation
 	$(BIN)/python -m experiments.approximation
 	$(BIN)/python -m experiments.ladder
@@ -56,12 +64,13 @@ format: $(VENV)/.dev  ## mend the style
 
 clean:  ## remove all that make made: environment, caches, outputs
 	rm -rf $(VENV) build dist site $(PICTURES) .pytest_cache .ruff_cache .hypothesis
-	find src tests benchmarks docs examples experiments -name __pycache__ -type d -exec rm -rf {} + 2>/dev/null || true
+	find src tests benchmarks comparison docs examples experiments -name __pycache__ -type d -exec rm -rf {} + 2>/dev/null || true
 
 # A stamp stands for "this environment has these extras", so that a second call installs nothing.
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.dev:  EXTRAS := demo,docs,dev
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+$(VENV)/.compare: EXTRAS := demo,docs,dev,baselines
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.compare: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@echo 'Installing hydragrad[$(EXTRAS)] into $(VENV): some minutes the first time, torch is large'
 	@$(INSTALL) -e '.[$(EXTRAS)]'
 	@touch $@

@@ -57,7 +57,7 @@ print(json.dumps({
 # What `import hydragrad` may ask for though the wheel does not require it: signatures name shapes where it is there.
 OPTIONAL = {"jaxtyping"}
 SHIPPED_SUFFIXES = {".py", ".typed", ".npz", ".json", ".css", ".html", ".svg"}
-SDIST_FOLDERS = {"src", "tests", "benchmarks", "docs", "examples", "experiments"}
+SDIST_FOLDERS = {"src", "tests", "benchmarks", "comparison", "docs", "examples", "experiments"}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from hydragrad import baselines
 from hydragrad.attributing import attribute
 from hydragrad.attribution import Attribution
 from hydragrad.diagnostics import Diagnostics
@@ -34,6 +35,7 @@ __all__ = [
     "UnsupportedError",
     "Verification",
     "attribute",
+    "baselines",
     "hypergradients",
     "load",
     "plan",

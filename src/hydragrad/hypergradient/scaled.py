@@ -66,7 +66,7 @@ class PerExampleGradients(ScaledEngine):
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective)
         self._last: tuple[Point, Vectors] | None = None
-        self._traced = TracedFunction(self._gradients)
+        self._traced = TracedFunction(self.gradients)
 
     def held(self, point: Point) -> int:
         return point.coefficients.shape[0] * sum(p.nbytes for p in point.params)
@@ -88,7 +88,7 @@ class PerExampleGradients(ScaledEngine):
         assert total is not None
         return total
 
-    def _gradients(
+    def gradients(
         self, mode: int, params: Vectors, rest: dict[str, Tensor], batch: Any, coefficients: Tensor
     ) -> Vectors:
         """c_i grad loss_i of every example, ``[b, *shape]`` a parameter."""

@@ -1,0 +1,62 @@
+"""hydragrad's own methods and baselines: `python -m comparison.ours FOLDER METHOD OUT`."""
+
+from collections.abc import Callable
+
+import hydragrad as hg
+from comparison.exchange import Answer, Folder, UnfitError, work
+from comparison.truth import open_run
+from hydragrad import baselines
+from hydragrad.report.retraining import mean_training_losses
+
+
+def _attributed(method: str) -> Callable[[Folder], Answer]:
+    def attributed(folder: Folder) -> Answer:
+        try:
+            # unchecked: here the retraining is the comparison's own
+            found = hg.attribute(open_run(folder), folder.queries, method=method, check=False, progress=False)
+        except hg.HydragradError as error:
+            raise UnfitError(str(error)) from error
+        return Answer(found.values, note=found.diagnostics.plan)
+
+    return attributed
+
+
+def _baseline(method: Callable[..., hg.Attribution], **settings: object) -> Callable[[Folder], Answer]:
+    def scored(folder: Folder) -> Answer:
+        try:
+            found = method(open_run(folder), folder.queries, **settings)
+        except hg.HydragradError as error:
+            raise UnfitError(str(error)) from error
+        return Answer(found.values, note="; ".join([found.diagnostics.plan, *found.diagnostics.reasons[1:]]))
+
+    return scored
+
+
+def _signal(method: Callable[..., object], **settings: object) -> Callable[[Folder], Answer]:
+    def signalled(folder: Folder) -> Answer:
+        return Answer(signal=method(open_run(folder), **settings))  # type: ignore[arg-type]
+
+    return signalled
+
+
+METHODS: dict[str, Callable[[Folder], Answer]] = {
+    "exact": _attributed("exact"),
+    "gauss-newton": _attributed("gauss-newton"),
+    "hessian-free": _attributed("hessian-free"),
+    "influence-cg": _baseline(baselines.influence, iterations=20),
+    "influence-cg-gn": _baseline(baselines.influence, iterations=20, curvature="gauss-newton"),
+    "influence-lissa": _baseline(baselines.influence, solver="lissa", iterations=500, repeats=3, batch=64),
+    "kfac": _baseline(baselines.kfac),
+    "ekfac": _baseline(baselines.kfac, corrected=True),
+    "tracin": _baseline(baselines.tracin),
+    "gradient-dot": _baseline(baselines.gradient_dot),
+    "gradient-cosine": _baseline(baselines.gradient_cosine),
+    "representer": _baseline(baselines.representer),
+    "relatif-l": _baseline(baselines.relatif, kind="l", iterations=20),
+    "relatif-theta": _baseline(baselines.relatif, kind="theta", iterations=20),
+    "mean-loss": _signal(mean_training_losses),
+    "tracin-self": _signal(baselines.tracin_self),
+}
+
+if __name__ == "__main__":
+    work(METHODS)

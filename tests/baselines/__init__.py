@@ -1,0 +1,1 @@
+"""Baselines against dense second implementations."""

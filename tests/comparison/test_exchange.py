@@ -1,0 +1,118 @@
+"""A tiny task through the whole harness: recorded, exchanged, retrained, scored by a worker, tabulated."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from comparison import table as tables
+from comparison.exchange import Answer, Folder, UnfitError, work
+from comparison.measures import predictions
+from comparison.tasks import TASKS
+from comparison.truth import open_run, truth_of
+from hydragrad.report.retraining import leave_one_out
+
+SPEC = replace(TASKS["breast-cancer"], epochs=3, queries=6, removed=4, subsets=2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    assert SPEC.record(tmp_path / "clean", seed=0, flipped=False)
+    return Folder(tmp_path / "clean")
+
+
+def test_the_folder_holds_the_run_that_was_recorded(folder):
+    run = open_run(folder)
+    assert folder.about.checkpoints[0] == 0
+    assert folder.about.checkpoints[-1] == run.num_steps == len(folder.batches)
+    for step in folder.about.checkpoints:
+        recorded = run.trajectory.state(step).params
+        assert all(torch.equal(recorded[name], value) for name, value in folder.model(step).state_dict().items())
+    assert all(torch.equal(ids, step.batches[0]) for ids, step in zip(folder.batches, run.steps, strict=True))
+
+
+def test_the_plain_loop_is_the_recorded_one(folder, monkeypatch):
+    untrained = folder.model(0)
+    monkeypatch.setattr(Folder, "model", lambda self, step=None: untrained)
+    assert folder.plain_training() > 0
+    trained = folder.state(folder.about.checkpoints[-1])
+    assert all(torch.equal(trained[name], value) for name, value in untrained.state_dict().items())
+
+
+def test_truth_is_real_and_goes_on_where_it_stopped(folder, monkeypatch):
+    truth = truth_of(folder, SPEC)
+    measured = leave_one_out(open_run(folder), truth["ids"], folder.queries)
+    assert torch.equal(truth["changes"][:4], measured)
+    monkeypatch.setattr("comparison.truth.open_run", lambda folder: pytest.fail("trained again"))
+    assert torch.equal(truth_of(folder, SPEC)["changes"], truth["changes"])
+
+
+def test_flipped_labels_are_recorded(tmp_path):
+    assert SPEC.record(tmp_path / "flipped", seed=3, flipped=True)
+    numpy = pytest.importorskip("numpy")
+    wrong = torch.from_numpy(numpy.load(tmp_path / "flipped" / "flipped.npy"))
+    sets = SPEC.sets(SPEC.queries)
+    assert sets is not None
+    given, true = Folder(tmp_path / "flipped").train.tensors[1], sets[0].tensors[1]
+    assert torch.equal((given != true).nonzero().flatten(), wrong)
+    assert len(wrong) == round(0.1 * len(true))
+
+
+def test_a_worker_writes_scores_cost_and_refusals(folder, tmp_path):
+    scores = torch.randn(len(folder.train), len(folder.queries), dtype=torch.float64)
+
+    def unfit(folder: Folder) -> Answer:
+        raise UnfitError("not for this")
+
+    methods = {
+        "good": lambda folder: Answer(scores, note="well"),
+        "unfit": unfit,
+        "broken": lambda folder: Answer(scores / 0),
+    }
+    for name in methods:
+        work(methods, [str(folder.path), name, str(tmp_path / name)])
+    about = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in methods}
+    assert [about[name]["status"] for name in methods] == ["ok", "unfit", "not finite"]
+    assert about["good"]["ratio"] == pytest.approx(about["good"]["seconds"] / about["good"]["training_seconds"])
+    assert about["unfit"]["reason"] == "not for this"
+    assert torch.equal(load_file(tmp_path / "good.safetensors")["scores"], scores)
+    assert not (tmp_path / "broken.safetensors").exists()
+
+
+def test_single_precision_is_asked_for_by_name(folder):
+    assert folder.model().state_dict()["0.weight"].dtype == torch.float64
+    single = folder.single()
+    assert single.model().state_dict()["0.weight"].dtype == torch.float32
+    assert single.train.tensors[0].dtype == torch.float32
+    assert single.train.tensors[1].dtype == torch.int64
+
+
+def test_the_table_averages_seeds_and_names_the_silent(tmp_path):
+    for seed, loo in ((0, 0.5), (1, 0.7)):
+        where = tmp_path / "digits-sgd" / f"seed-{seed}"
+        for kind, method, values in (
+            ("clean", "exact", {"status": "ok", "loo": loo, "ratio": 3.0, "peak_bytes": 2**21}),
+            ("flipped", "exact", {"status": "ok", "harm": {"auroc": 0.9, "recall": 0.1}, "ratio": 5.0}),
+            ("clean", "kfac", {"status": "unfit", "reason": "no extra. Really."}),
+        ):
+            path = where / kind / "results" / f"{method}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(values))
+    text = tables.table(tmp_path, "digits-sgd")
+    assert "### digits-sgd (2 seeds)" in text
+    assert "| exact | 0.60 ± 0.14 |  |  |  | 0.90 ± 0.00 |  |  | 3 x | 2 |" in text
+    assert "- kfac: unfit: no extra" in text
+    pytest.importorskip("matplotlib")
+    tables.figure(tmp_path, ["digits-sgd"], tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").stat().st_size > 1000
+
+
+def test_the_worker_program_measures_what_ours_answer(folder, tmp_path):
+    from comparison.ours import METHODS
+
+    work({"exact": METHODS["exact"]}, [str(folder.path), "exact", str(tmp_path / "exact")])
+    found = predictions(load_file(tmp_path / "exact.safetensors")["scores"], truth_of(folder, SPEC), SPEC)
+    assert found["loo"] > 0.9
