@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from hydragrad.errors import StoreError
 from hydragrad.files import dumps, from_json, loads, to_json
+from hydragrad.trajectory.format import VERSION
 from hydragrad.trajectory.recording import record
 from hydragrad.trajectory.store import Trajectory
 from hydragrad.verification import verify
@@ -74,15 +75,15 @@ def test_altered_journal_manifest_and_version_are_refused(run_folder: Path) -> N
     manifest.write_text(described.replace('"data_length":22', '"data_length":23'))
     with pytest.raises(StoreError, match=r"line 1 of .*journal.jsonl does not follow.*manifest"):
         Trajectory(run_folder)
-    manifest.write_text(described.replace('"version":1', '"version":99'))
-    with pytest.raises(StoreError, match=r"another format version.*version 1.*version 99"):
+    manifest.write_text(described.replace(f'"version":{VERSION}', '"version":99'))
+    with pytest.raises(StoreError, match=rf"another format version.*version {VERSION}.*version 99"):
         Trajectory(run_folder)
     manifest.write_text(described[:40])
     with pytest.raises(StoreError, match=r"manifest.json cannot be read"):
         Trajectory(run_folder)
     manifest.write_text(described)
     journal.write_text(lines.replace('"stop":8', '"stop":7'))
-    with pytest.raises(StoreError, match=r"line 4 of .* does not follow"):  # line 3 was edited, line 4 has its hash
+    with pytest.raises(StoreError, match=r"was altered in line 3"):
         Trajectory(run_folder)
     kept = lines.splitlines(keepends=True)
     journal.write_text("".join([kept[0], *kept[2:]]))
