@@ -85,11 +85,10 @@ class Attribution:
         return pandas.concat(tables, names=["epoch", "train"])  # pyright: ignore
 
     def save(self, path: str | Path) -> Path:
-        """Write to one safetensors file, atomically; returns its path."""
+        """Write to one safetensors file, atomically; returns its path. Raises StoreError, and leaves an old file whole."""
         path = Path(path)
         tensors = {"values": self.values, "train_ids": self.train_ids, "query_ids": self.query_ids}
         about = {"format": _FORMAT, "method": self.method, "diagnostics": self.diagnostics.to_dict()}
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save_tensors({k: v.contiguous() for k, v in tensors.items()}, {"attribution": about}))
         return path
 

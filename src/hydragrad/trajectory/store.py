@@ -14,6 +14,9 @@ from hydragrad.trajectory.state import Manifest, State, StepRecord
 from hydragrad.trajectory.validation import check_entries, check_manifest, check_state, check_steps
 
 
+_UNSAID = "the recording process was killed, or its disk was full: it could not say how it ended"
+
+
 @final
 class Trajectory:
     """A recorded run as it lies in a folder.
@@ -32,7 +35,7 @@ class Trajectory:
         check_entries(entries, journal)
         last = entries[-1]
         self.complete: bool = bool(last.get("end") and last["complete"])
-        self.reason: str = last["reason"] if last.get("end") else "the recording process was killed"
+        self.reason: str = last["reason"] if last.get("end") else _UNSAID
         self.trailing: list[list[int]] = last["skipped"] if last.get("end") else []
         """Ids of the batches after the last step."""
         self.identity: str = sha256(described + written)
