@@ -39,7 +39,7 @@ class Disk:
         monkeypatch.setattr(owner, name, wrapped)
 
     def _open(self, path: Any, mode: str) -> Any:
-        file = builtins.open(path, mode)
+        file = builtins.open(path, mode)  # noqa: SIM115 (whoever asked closes it)
         return _File(file, self) if "r" not in mode or "+" in mode else file
 
 

@@ -85,7 +85,7 @@ class Attribution:
         return pandas.concat(tables, names=["epoch", "train"])  # pyright: ignore
 
     def save(self, path: str | Path) -> Path:
-        """Write to one safetensors file, atomically; returns its path. Raises StoreError, and leaves an old file whole."""
+        """Write to one safetensors file, atomically; returns its path. A StoreError leaves an old file whole."""
         path = Path(path)
         tensors = {"values": self.values, "train_ids": self.train_ids, "query_ids": self.query_ids}
         about = {"format": _FORMAT, "method": self.method, "diagnostics": self.diagnostics.to_dict()}

@@ -152,8 +152,8 @@ def broken_file(path: Path, what: str, expected: str, got: str) -> str:
         f"{path} {what}",
         expected=expected,
         got=got,
-        cause="the file was edited, swapped, deleted or only partly copied after recording",
-        remedy="copy the run's folder again, or record the run again",
+        cause="the file was edited, swapped, deleted or only partly copied after it was written",
+        remedy="copy the whole folder again, or make it anew",
     )
 
 

@@ -9,7 +9,7 @@ from typing import final
 from hydragrad.errors import StoreError, message
 from hydragrad.files import dumps, loads, writing
 
-_FILLING = 5.0
+_FILLING = 1.0
 """Seconds after which a lock without a holder's name is a dead process's: it is filled right after it was created."""
 
 
@@ -61,18 +61,25 @@ def _holder(path: Path) -> str:
 
 
 def _holder_is_alive(path: Path) -> bool:
-    try:
-        holder = loads(path.read_bytes())
-        if holder["host"] != socket.gethostname():
-            return True
-        os.kill(holder["pid"], 0)
-    except (ProcessLookupError, FileNotFoundError):
-        return False
-    except (ValueError, KeyError, TypeError, OverflowError):  # no holder's name: created and not filled, or yet to be
+    while True:
         try:
-            return time.time() - path.stat().st_mtime < _FILLING
-        except FileNotFoundError:
+            holder = loads(path.read_bytes())
+            if holder["host"] != socket.gethostname():
+                return True
+            os.kill(holder["pid"], 0)
+            return True
+        except (ProcessLookupError, FileNotFoundError):
             return False
-    except PermissionError:
-        return True
-    return True
+        except PermissionError:
+            return True
+        except (ValueError, KeyError, TypeError, OverflowError):  # no name: its holder died, or is about to fill it
+            if _age(path) > _FILLING:
+                return False
+        time.sleep(0.01)
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")

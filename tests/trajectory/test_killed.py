@@ -76,7 +76,7 @@ def test_a_recording_that_dies_at_any_single_moment_of_writing(
     tmp_path: Path, uninterrupted: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not by chance: half a file written, before it is synchronised, between a file and the line that names it."""
-    lengths: list[int] = []
+    lengths, folder = list[int](), tmp_path
     for dies_at in range(100):
         folder = tmp_path / f"{dies_at}"
 

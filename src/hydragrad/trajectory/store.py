@@ -13,7 +13,6 @@ from hydragrad.trajectory.format import JOURNAL, MANIFEST, VERSION, decode_state
 from hydragrad.trajectory.state import Manifest, State, StepRecord
 from hydragrad.trajectory.validation import check_entries, check_manifest, check_state, check_steps
 
-
 _UNSAID = "the recording process was killed, or its disk was full: it could not say how it ended"
 
 
