@@ -104,7 +104,7 @@ class Pieces:
             question, plan = dict(first["question"]), Fixed(**first["plan"])
             if not all(type(getattr(plan, f.name)) is f.type for f in fields(Fixed)):
                 raise TypeError(f"plan {plan}")
-            if min(plan.tried, plan.block, plan.carried, plan.segment) < 1:
+            if min(plan.block, plan.carried, plan.segment) < 1:
                 raise ValueError(f"plan {plan}")
         self._compare(question)
         for entry in rest:
