@@ -15,6 +15,7 @@ from hydragrad.checks import derivative_error, finite_differences, judge
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, NonFiniteError, message
 from hydragrad.hypergradient.engines import check_method
+from hydragrad.hypergradient.finite import FirstBad
 from hydragrad.hypergradient.pages import kept_pages
 from hydragrad.hypergradient.queries import Columns, Queries, example_ids, group_numbers
 from hydragrad.hypergradient.reverse import Adjoint, Direction, direction_of, hessian_free_sweep, reverse_sweep, start
@@ -223,12 +224,14 @@ class _Scores:
         if self._open is not self.values:
             self.values[:, :, columns] = self._open.cpu()
         self._open = None
-        if not bool(self.values[:, :, columns].isfinite().all()):
+        bad = (~self.values[:, :, columns].isfinite()).nonzero()
+        if len(bad):
+            row, column = int(self.rows.ids[bad[0, 1]]), columns.start + int(bad[0, 2])
             raise NonFiniteError(
                 message(
                     "the scores are not finite",
                     expected="finite numbers",
-                    got="NaN or infinity",
+                    got=f"NaN or infinity, first for training example (or group) {row} and query {column}",
                     cause="the adjoint overflowed (an unstable run), or a loss with an infinite second derivative",
                     remedy="try method='gauss-newton', which is stable, or ask an earlier step with step=",
                 )
@@ -239,7 +242,8 @@ class _Scores:
 class _Watch:
     """Follows a sweep: its bar, and how far the adjoint grows."""
 
-    def __init__(self, steps: int, sweeps: int, progress: bool) -> None:
+    def __init__(self, steps: int, sweeps: int, names: Sequence[str], progress: bool) -> None:
+        self._bad = FirstBad(names)
         self.every = max(1, steps // 50)
         self.growth, self.drift = 0.0, dict[int, float]()
         self.bar = tqdm(total=steps * sweeps, desc="sweeping back", unit="step", delay=2, disable=not progress)
@@ -256,21 +260,22 @@ class _Watch:
 
     def __call__(self, step: int, adjoint: Adjoint | Direction) -> None:
         self.bar.update()
+        self._bad.see(step, adjoint.lam)
         if step % self.every and step:
             return
         assert self._first is not None
-        norms = adjoint.norms()
-        if not bool(norms.isfinite().all()):
+        if found := self._bad.first():
+            at, names = found
             raise NonFiniteError(
                 message(
-                    f"the adjoint is not finite at step {step}",
+                    f"the adjoint is not finite at step {at}, first in parameter {names[0]!r}",
                     expected="finite derivatives back to the first step",
-                    got="NaN or infinity",
+                    got=f"NaN or infinity in {len(names)} of {len(adjoint.lam)} parameters",
                     cause="an unstable run: its derivative grows at every step back",
                     remedy="try method='gauss-newton' or 'hessian-free', or ask an earlier step with step=",
                 )
             )
-        self.growth = max(self.growth, float((norms / self._first.clamp_min(1e-30)).max()))
+        self.growth = max(self.growth, float((adjoint.norms() / self._first.clamp_min(1e-30)).max()))
 
 
 def _sweep(
@@ -284,7 +289,7 @@ def _sweep(
 ) -> _Watch:
     if pieces is not None:
         pieces.begin(plan.fixed)
-    watch = _Watch(sweep.stop, plan.sweeps, progress)
+    watch = _Watch(sweep.stop, plan.sweeps, sweep.objective.names, progress)
     engine, device = plan.chosen.engine, sweep.replayer.device
     end = sweep.end()
     slots = sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups)

@@ -1,6 +1,7 @@
 """Files: written whole or not at all, JSON that holds what JSON cannot, tensors as safetensors. Nothing is pickled."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -101,6 +102,23 @@ def write_atomically(path: Path, data: bytes) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def reserve(path: Path, size: int) -> None:
+    """Make a file of ``size`` bytes that has its space on disk: a memory map finds a full disk by being killed.
+
+    Raises StoreError where there is no space.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot reserve
+                    path.unlink(missing_ok=True)
+                    raise
 
 
 @contextlib.contextmanager
