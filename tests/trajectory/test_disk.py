@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hydragrad import locks
+from hydragrad import locks, vectors
 from hydragrad.attribution import Attribution
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import HydragradError, StoreError
@@ -167,6 +167,22 @@ def test_scores_saved_to_a_full_disk_leave_the_old_file(tmp_path: Path, monkeypa
         assert torch.equal(Attribution.load(path).values, attribution(1.0).values)
     assert failed >= 3
     assert torch.equal(Attribution.load(path).values, attribution(2.0).values)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="space cannot be reserved here")
+def test_vectors_on_a_full_disk_are_refused_before_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_run(tmp_path / "run", epochs=1)
+    run = bind(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", lambda *_: full())
+        patch.setattr(vectors, "forward_sweep", lambda *_: pytest.fail("the sweep began"))
+        with pytest.raises(StoreError, match=FULL):
+            vectors.hypergradients(run, [0], path=tmp_path / "kept", progress=False)
+    assert not list((tmp_path / "kept").iterdir())
+    expected = vectors.hypergradients(run, [0], progress=False).vectors
+    kept = vectors.hypergradients(run, [0], path=tmp_path / "kept", progress=False).vectors
+    torch.testing.assert_close(kept, expected)
+    assert (tmp_path / "kept" / "vectors.bin").stat().st_blocks > 0
 
 
 def test_folders_that_cannot_be(tmp_path: Path) -> None:
