@@ -5,6 +5,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 import hydragrad as hg
 from hydragrad import attributing, planning
 from hydragrad.files import dumps, loads, sha256
+from hydragrad.hypergradient import exact
 from hydragrad.hypergradient.choosing import Fixed
 from hydragrad.hypergradient.sweeping import Sweep
-from hydragrad.hypergradient.tracing import TracedFunction
+from hydragrad.hypergradient.tracing import Traced, TracedFunction
 from hydragrad.journal import sealed
 from hydragrad.resuming import _BEFORE, _close, summary
 from tests.children import ended, fork, kill
@@ -211,7 +213,8 @@ def test_sweeps_that_die_at_any_single_moment_of_writing_go_on(
             break
         assert status == 9
         count += 1
-        assert torch.equal(asked(run, folder).values, expected)
+        for _ in range(2):  # also what went on behind half a line can be read
+            assert torch.equal(asked(run, folder).values, expected)
     assert count > 20
 
 
@@ -448,6 +451,28 @@ def test_every_engine_is_found_again_by_its_name(kind: str, name: str, run: hg.R
     assert plan.fixed == Fixed(f"{kind}:{name}", 2, 5, 4)
     assert (plan.block, plan.carried, plan.segment, plan.sweeps) == (2, 5, 4, 3)
     assert name in plan.engine
+
+
+def test_the_first_call_uses_the_engine_that_a_later_one_will_make(run: hg.Run, monkeypatch: Any) -> None:
+    """The one that was measured may have traced more than the one that is made anew."""
+    sweep, real = Sweep.of(run), planning.choose
+
+    def choose(*args: Any, **options: Any) -> Any:
+        chosen = real(*args, **options)
+        return replace(chosen, engine=Traced(exact.ReverseOverReverse(sweep.objective)), block=3, reasons=("why",))
+
+    monkeypatch.setattr(planning, "choose", choose)
+    given: dict[str, Any] = {"rows": None, "memory": None, "block": None, "compile": None}
+    for pieces in (False, True):
+        plan = planning.plan_sweep(sweep, 11, "exact", pieces=pieces, **given)
+        assert isinstance(plan.chosen.engine, Traced)
+        assert plan.chosen.engine.function.settled == pieces
+        assert plan.chosen.engine.engine.name == "reverse-over-reverse"
+        assert plan.reasons[0] == "why"
+        assert plan.fixed.engine == "traced:reverse-over-reverse"
+    again = planning.plan_sweep(sweep, 11, "exact", pieces=True, again=plan.fixed, **given)
+    assert again.chosen.engine is plan.chosen.engine
+    assert again.fixed == plan.fixed
 
 
 def test_pieces_take_about_a_minute(run: hg.Run, monkeypatch: pytest.MonkeyPatch) -> None:
