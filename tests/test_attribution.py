@@ -102,6 +102,18 @@ def test_load_refuses_a_damaged_file_and_a_missing_one(tmp_path):
         hg.Attribution.load(tmp_path / "missing")
 
 
+def test_every_flipped_byte_of_a_file_of_scores_is_found(tmp_path: Path) -> None:
+    path = attribution().save(tmp_path / "scores")
+    data = path.read_bytes()
+    read = hg.Attribution.load(path)
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 2]) + data[place + 1 :])
+        with pytest.raises(hg.StoreError, match=r"scores"):
+            hg.Attribution.load(path)
+    path.write_bytes(data)
+    assert hg.Attribution.load(path).diagnostics == read.diagnostics
+
+
 def test_values_must_fit_the_axes():
     with pytest.raises((hg.MismatchError, TypeCheckError), match="train_ids"):
         attribution(VALUES[:3])

@@ -110,6 +110,17 @@ def test_the_memory_budget_is_heeded(trained: Path) -> None:
     assert run("attribute", str(trained), "-t", TASK, "--memory", "0", code=2).output
 
 
+def test_attribute_goes_on_in_a_folder_and_refuses_another_question(trained: Path) -> None:
+    asked = ("attribute", str(trained), "-t", TASK, "--no-check", "--resume", "pieces")
+    printed = run(*asked, "--out", "first").output
+    assert "finished blocks are kept in pieces" in printed
+    assert "saved when it is finished" in printed.replace("\n", " ")
+    assert "as chosen when this attribution began" in run(*asked, "--out", "second").output.replace("\n", " ")
+    assert torch.equal(hg.Attribution.load("first").values, hg.Attribution.load("second").values)
+    refused = run(*asked, "--method", "gauss-newton", code=1).output.replace("\n", " ")
+    assert "MismatchError: pieces holds an attribution that was begun with another question: method differs" in refused
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -13,12 +15,14 @@ from hydragrad.checks import derivative_error, finite_differences, judge
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, NonFiniteError, message
 from hydragrad.hypergradient.engines import check_method
+from hydragrad.hypergradient.finite import FirstBad
 from hydragrad.hypergradient.pages import kept_pages
 from hydragrad.hypergradient.queries import Columns, Queries, example_ids, group_numbers
 from hydragrad.hypergradient.reverse import Adjoint, Direction, direction_of, hessian_free_sweep, reverse_sweep, start
 from hydragrad.hypergradient.scaled import ScaledEngine
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.planning import Plan, plan_sweep
+from hydragrad.resuming import Piece, Pieces, digest, qualified, summary
 from hydragrad.run import Run, kept_random_state
 from hydragrad.trajectory.moments import Backwards
 
@@ -43,6 +47,7 @@ def attribute(
     check: bool = True,
     seed: int = 0,
     progress: bool = True,
+    resume: str | Path | None = None,
 ) -> Attribution:
     """Scores of every training example for every query, by one reverse sweep over the recorded run.
 
@@ -53,9 +58,11 @@ def attribute(
     is asked (default: the loss); ``aggregate``: "mean", "sum" or a group per query; ``groups``: a group per training
     example, whose scores are summed ([G, M]); ``by_epoch``: keep epochs apart ([E, N, M]); ``train``: rows wanted;
     ``step``: ask the model of that step; ``memory``: bytes above training's; ``block``, ``compile``: see ``plan``;
-    ``check``: compare with retraining (four replays) under ``seed``; ``progress``: show a bar.
+    ``check``: compare with retraining (four replays) under ``seed``; ``progress``: show a bar; ``resume``: a folder in
+    which finished blocks of queries are kept: the same call, made again after a kill, goes on from there and ends bit
+    for bit as it would have (another question in that folder is refused, and the difference named).
 
-    Raises MismatchError, UnsupportedError, NonFiniteError. Source: HYDRA, arXiv 2102.02515.
+    Raises MismatchError, UnsupportedError, NonFiniteError, StoreError (``resume``). Source: HYDRA, arXiv 2102.02515.
     Example: ``hydragrad.attribute(run, test_set).top(query=3, k=10)``.
     """
     began = time.perf_counter()
@@ -76,9 +83,20 @@ def attribute(
     )
     rows = Rows.make(run, groups, train)
     scores = _Scores(run, sweep.stop, rows, columns.count, by_epoch, sweep.dtype)
-    with kept_random_state(), kept_pages():
-        plan = plan_sweep(sweep, columns.count, method, rows=scores.height, memory=memory, block=block, compile=compile)
-        swept = _sweep(sweep, asked, columns, scores, plan, progress)
+    question = _question(sweep, asked, columns, rows, method, measurement, by_epoch, block, compile) if resume else {}
+    with kept_random_state(), kept_pages(), Pieces(resume, question) if resume else nullcontext() as pieces:
+        plan = plan_sweep(
+            sweep,
+            columns.count,
+            method,
+            rows=scores.height,
+            memory=memory,
+            block=block,
+            compile=compile,
+            pieces=pieces is not None,
+            again=pieces.plan if pieces is not None else None,
+        )
+        swept = _sweep(sweep, asked, columns, scores, plan, progress, pieces)
         found, derivatives, check_began = None, None, time.perf_counter()
         if check:
             derivatives = derivative_error(sweep.objective, plan.chosen.point, method)
@@ -104,6 +122,38 @@ def attribute(
     )
     values = scores.values if by_epoch else scores.values[0]
     return Attribution(values, rows.ids, torch.arange(columns.count), method, diagnostics)
+
+
+def _question(
+    sweep: Sweep,
+    asked: Queries,
+    columns: Columns,
+    rows: "Rows",
+    method: str,
+    measurement: Callable[..., Any] | None,
+    by_epoch: bool,
+    block: int | None,
+    compile: bool | None,
+) -> dict[str, Any]:
+    """What tells one call of ``attribute`` from another, by name, in plain values."""
+    with kept_random_state():
+        measured = summary(asked.values(sweep.end()))
+    return {
+        "run": sweep.run.trajectory.identity,
+        "step": sweep.stop,
+        "method": method,
+        "queries": asked.digest(),
+        "aggregate": digest(columns.of, columns.factor),
+        "measurement": qualified(measurement),
+        "measured": measured,
+        "rows (groups or train)": digest(rows.of, rows.ids),
+        "by_epoch": by_epoch,
+        "block": block,
+        "compile": compile,
+        "dtype": str(sweep.dtype),
+        "device": str(sweep.replayer.device),
+        "torch": torch.__version__,
+    }
 
 
 @final
@@ -164,18 +214,24 @@ class _Scores:
             at, terms = at[kept], terms[:, kept.to(terms.device)]
         target[:, chosen].index_add_(0, at.to(target.device), terms.T, alpha=-1)
 
+    def part(self, columns: slice) -> Tensor:
+        """The scores of these columns, as a view."""
+        return self.values[:, :, columns]
+
     def close(self, columns: slice) -> None:
         """End the sweep: copy to the result; refuse NaN and infinities."""
         assert self._open is not None
         if self._open is not self.values:
             self.values[:, :, columns] = self._open.cpu()
         self._open = None
-        if not bool(self.values[:, :, columns].isfinite().all()):
+        bad = (~self.values[:, :, columns].isfinite()).nonzero()
+        if len(bad):
+            row, column = int(self.rows.ids[bad[0, 1]]), columns.start + int(bad[0, 2])
             raise NonFiniteError(
                 message(
                     "the scores are not finite",
                     expected="finite numbers",
-                    got="NaN or infinity",
+                    got=f"NaN or infinity, first for training example (or group) {row} and query {column}",
                     cause="the adjoint overflowed (an unstable run), or a loss with an infinite second derivative",
                     remedy="try method='gauss-newton', which is stable, or ask an earlier step with step=",
                 )
@@ -186,7 +242,8 @@ class _Scores:
 class _Watch:
     """Follows a sweep: its bar, and how far the adjoint grows."""
 
-    def __init__(self, steps: int, sweeps: int, progress: bool) -> None:
+    def __init__(self, steps: int, sweeps: int, names: Sequence[str], progress: bool) -> None:
+        self._bad = FirstBad(names)
         self.every = max(1, steps // 50)
         self.growth, self.drift = 0.0, dict[int, float]()
         self.bar = tqdm(total=steps * sweeps, desc="sweeping back", unit="step", delay=2, disable=not progress)
@@ -195,33 +252,55 @@ class _Watch:
     def begin(self, adjoint: Adjoint | Direction) -> None:
         self._first = adjoint.norms()
 
+    def skip(self, steps: int, piece: Piece) -> None:
+        """A piece was finished by an earlier call."""
+        self.bar.update(steps)
+        self.growth = max(self.growth, piece.growth)
+        self.drift[-1] = max(self.drift.get(-1, 0.0), piece.drift)
+
     def __call__(self, step: int, adjoint: Adjoint | Direction) -> None:
         self.bar.update()
+        self._bad.see(step, adjoint.lam)
         if step % self.every and step:
             return
         assert self._first is not None
-        norms = adjoint.norms()
-        if not bool(norms.isfinite().all()):
+        if found := self._bad.first():
+            at, names = found
             raise NonFiniteError(
                 message(
-                    f"the adjoint is not finite at step {step}",
+                    f"the adjoint is not finite at step {at}, first in parameter {names[0]!r}",
                     expected="finite derivatives back to the first step",
-                    got="NaN or infinity",
+                    got=f"NaN or infinity in {len(names)} of {len(adjoint.lam)} parameters",
                     cause="an unstable run: its derivative grows at every step back",
                     remedy="try method='gauss-newton' or 'hessian-free', or ask an earlier step with step=",
                 )
             )
-        self.growth = max(self.growth, float((norms / self._first.clamp_min(1e-30)).max()))
+        self.growth = max(self.growth, float((adjoint.norms() / self._first.clamp_min(1e-30)).max()))
 
 
-def _sweep(sweep: Sweep, asked: Queries, columns: Columns, scores: _Scores, plan: Plan, progress: bool) -> _Watch:
-    watch = _Watch(sweep.stop, plan.sweeps, progress)
+def _sweep(
+    sweep: Sweep,
+    asked: Queries,
+    columns: Columns,
+    scores: _Scores,
+    plan: Plan,
+    progress: bool,
+    pieces: Pieces | None,
+) -> _Watch:
+    if pieces is not None:
+        pieces.begin(plan.fixed)
+    watch = _Watch(sweep.stop, plan.sweeps, sweep.objective.names, progress)
     engine, device = plan.chosen.engine, sweep.replayer.device
     end = sweep.end()
     slots = sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups)
     with watch.bar, sweep.objective.differentiable():
         for first in range(0, columns.count, plan.carried):
             chosen = slice(first, min(first + plan.carried, columns.count))
+            piece = pieces.load(chosen, scores.part(chosen)) if pieces is not None else None
+            if piece is not None:
+                scores.part(chosen).copy_(piece.values)
+                watch.skip(sweep.stop, piece)
+                continue
             slopes, of_buffers = asked.sensitivities(end, columns, chosen)
             adjoint = start(slopes, slots, of_buffers)
             del slopes, of_buffers
@@ -236,5 +315,8 @@ def _sweep(sweep: Sweep, asked: Queries, columns: Columns, scores: _Scores, plan
                 reverse_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
             scores.close(chosen)
             watch.drift |= moments.drift
+            if pieces is not None:
+                drift = max(watch.drift.values(), default=0.0)
+                pieces.save(chosen, Piece(scores.part(chosen), watch.growth, drift))
             del adjoint, moments, common  # before the next block's sensitivities are made
     return watch

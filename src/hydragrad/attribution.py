@@ -3,19 +3,28 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from torch import Tensor
 
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, StoreError, message
-from hydragrad.files import load_tensors, save_tensors, write_atomically
+from hydragrad.files import (
+    broken_file,
+    dumps,
+    load_tensors,
+    read_bytes,
+    reading,
+    save_tensors,
+    sha256,
+    write_atomically,
+)
 from hydragrad.shapes import Float, Int
 
 if TYPE_CHECKING:
     import pandas
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Ranked(NamedTuple):
@@ -85,37 +94,37 @@ class Attribution:
         return pandas.concat(tables, names=["epoch", "train"])  # pyright: ignore
 
     def save(self, path: str | Path) -> Path:
-        """Write to one safetensors file, atomically; returns its path."""
+        """Write to one safetensors file, atomically; returns its path. A StoreError leaves an old file whole."""
         path = Path(path)
         tensors = {"values": self.values, "train_ids": self.train_ids, "query_ids": self.query_ids}
         about = {"format": _FORMAT, "method": self.method, "diagnostics": self.diagnostics.to_dict()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save_tensors({k: v.contiguous() for k, v in tensors.items()}, {"attribution": about}))
+        seal = _seal(about, tensors)
+        write_atomically(path, save_tensors(tensors, {"attribution": about, "sha256": seal}))
         return path
 
     @staticmethod
     def load(path: str | Path) -> "Attribution":
-        """Read what ``save`` wrote; raises StoreError for anything else."""
+        """Read what ``save`` wrote; raises StoreError for anything else, and for the slightest change."""
         path = Path(path)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise StoreError(
-                message(f"cannot read {path}", got=str(error), remedy="name a file made by save()")
-            ) from error
-        tensors, tables = load_tensors(path, data)
-        about = tables.get("attribution", {})
-        if about.get("format") != _FORMAT or set(tensors) != {"values", "train_ids", "query_ids"}:
+        tensors, tables = load_tensors(path, read_bytes(path))
+        about = tables.get("attribution")
+        version = about.get("format") if isinstance(about, dict) else None
+        if version != _FORMAT or set(tensors) != {"values", "train_ids", "query_ids"}:
             raise StoreError(
                 message(
                     f"{path} holds no attribution of this version",
                     expected=f"format {_FORMAT}",
-                    got=f"format {about.get('format')}, tensors {sorted(tensors)}",
+                    got=f"format {version}, tensors {sorted(tensors)}",
                     remedy="name a file made by Attribution.save",
                 )
             )
-        diagnostics = Diagnostics.from_dict(about["diagnostics"])
-        return Attribution(**tensors, method=about["method"], diagnostics=diagnostics)
+        assert isinstance(about, dict)
+        if tables.get("sha256") != _seal(about, tensors):
+            raise StoreError(broken_file(path, "was altered", "the hash of its content", str(tables.get("sha256"))))
+        with reading(path):
+            return Attribution(
+                **tensors, method=about["method"], diagnostics=Diagnostics.from_dict(about["diagnostics"])
+            )
 
     def __iter__(self) -> Iterator[Tensor]:
         raise TypeError("an Attribution is not a sequence: use .values, .top(query) or .to_pandas()")
@@ -132,3 +141,12 @@ class Attribution:
                 )
             )
         return int(places[0])
+
+
+def _seal(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """A hash of everything that a file of scores holds."""
+    parts = [dumps(about).encode()]
+    for name, tensor in sorted(tensors.items()):
+        parts.append(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        parts.append(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha256(b"\n".join(parts))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hydragrad.diagnostics import Rung, Verdict
+from hydragrad.errors import NonFiniteError
 from hydragrad.hypergradient.costs import probe_block, probe_buffers
 from hydragrad.hypergradient.curvature import zeros
 from hydragrad.hypergradient.engines import reference
@@ -40,6 +41,8 @@ class FiniteDifferences:
     ladder: tuple[Rung, ...]
     examples: tuple[int, ...]
     seed: int
+    failure: str = ""
+    """Why a replay with these weights could not be compared."""
 
 
 def finite_differences(
@@ -66,17 +69,23 @@ def finite_differences(
     touched = torch.isin(members, picked)
     predicted = scores[picked].sum(0).double()
 
+    failures: list[str] = []
+
     def measured(h: float) -> Tensor:
         weights = torch.ones(len(members), dtype=torch.float64)
         weights[touched] += h
-        values = queries.values(run.replay(weights=weights, until=step)).double().cpu()
+        try:
+            values = queries.values(run.replay(weights=weights, until=step)).double().cpu()
+        except NonFiniteError as error:
+            failures.append(f"retrained with those examples weighing {1 + h:g} each, {error}")
+            return torch.full((columns.count,), float("nan"), dtype=torch.float64)
         return torch.zeros(columns.count, dtype=torch.float64).index_add_(0, columns.of, values * columns.factor)
 
     rungs = []
     for h in LADDER:
         change = (measured(-h) - measured(h)) / (2 * h)
         rungs.append(Rung(h, _error(change, predicted), _correlation(change, predicted)))
-    return FiniteDifferences(tuple(rungs), tuple(touched.nonzero().flatten().tolist()), seed)
+    return FiniteDifferences(tuple(rungs), tuple(touched.nonzero().flatten().tolist()), seed, *failures[:1])
 
 
 def _error(measured: Tensor, predicted: Tensor) -> float:
@@ -199,7 +208,7 @@ def judge(
             f"(relative error {top.error:.2f}, limits {RELIABLE} and {DOUBTFUL})"
         )
         if verdict != "reliable":
-            reasons.append(_why(method, found))
+            reasons.append(found.failure or _why(method, found))
     if derivatives is not None and derivatives > DERIVATIVES:
         verdict = "meaningless" if verdict == "meaningless" else "doubtful"
         reasons.append(

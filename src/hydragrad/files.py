@@ -1,13 +1,16 @@
 """Files: written whole or not at all, JSON that holds what JSON cannot, tensors as safetensors. Nothing is pickled."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
@@ -53,8 +56,15 @@ def dumps(value: Any) -> str:
 
 
 def loads(text: str | bytes) -> Any:
-    """Inverse of ``dumps``."""
-    return from_json(json.loads(text))
+    """Inverse of ``dumps``; raises ValueError for everything that ``dumps`` does not write."""
+    try:
+        return from_json(json.loads(text, parse_constant=_no_constant))
+    except (TypeError, RecursionError) as error:  # {"$tuple": 1}; brackets nested a thousand deep
+        raise ValueError(f"not as written: {error}") from error
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def sha256(data: bytes) -> str:
@@ -62,15 +72,96 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file, or nothing: a reader (or a kill) never sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def stage(path: Path, data: bytes) -> Path:
+    """Write ``data`` beside ``path`` and return that temporary file, to be renamed; ``path`` is left alone.
+
+    Raises StoreError, and leaves nothing behind, where there is no space or no permission.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+    return temporary
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file, or nothing: a reader (or a kill) never sees a part of it. Raises StoreError."""
+    temporary = stage(path, data)
+    with writing(path):
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def reserve(path: Path, size: int) -> None:
+    """Make a file of ``size`` bytes that has its space on disk: a memory map finds a full disk by being killed.
+
+    Raises StoreError where there is no space.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot reserve
+                    path.unlink(missing_ok=True)
+                    raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusals to write ``path`` into a StoreError."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            message(
+                f"cannot write {path}",
+                expected="a folder that can be written, with space left",
+                got=error.strerror or str(error),
+                cause="a full disk or quota, a folder without write permission, or a file where a folder should be",
+                remedy="free some space or give another folder; what was written before is intact",
+            )
+        ) from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's bytes; raises StoreError, naming it, where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise StoreError(broken_file(path, "is missing", "a file", "nothing")) from error
+    except OSError as error:
+        raise StoreError(
+            broken_file(path, "cannot be read", "a readable file", error.strerror or str(error))
+        ) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever decoding ``path`` raises on content that was never written so into a StoreError."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        got = f"{type(error).__name__}: {str(error)[:200]}"
+        raise StoreError(broken_file(path, "cannot be read", "what a recording writes", got)) from error
+
+
+_UNREADABLE = (SafetensorError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+_UNREADABLE += (MemoryError,)
 
 
 def broken_file(path: Path, what: str, expected: str, got: str) -> str:
@@ -79,8 +170,8 @@ def broken_file(path: Path, what: str, expected: str, got: str) -> str:
         f"{path} {what}",
         expected=expected,
         got=got,
-        cause="the file was edited, swapped, deleted or only partly copied after recording",
-        remedy="copy the run's folder again, or record the run again",
+        cause="the file was edited, swapped, deleted or only partly copied after it was written",
+        remedy="copy the whole folder again, or make it anew",
     )
 
 
@@ -91,10 +182,10 @@ def save_tensors(tensors: dict[str, Tensor], tables: dict[str, Any]) -> bytes:
 
 
 def load_tensors(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Inverse of ``save_tensors`` (``data``: the verified bytes of ``path``)."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tables = loads((file.metadata() or {})["tables"])
+    """Inverse of ``save_tensors`` (``data``: the verified bytes of ``path``); raises StoreError."""
+    with reading(path):
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        tables = loads(header["__metadata__"]["tables"])
+        if not isinstance(tables, dict):
+            raise ValueError("tables are no dict")
         return safetensors_load(data), tables
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise StoreError(broken_file(path, "cannot be read", "a safetensors file with tables", str(error))) from error

@@ -1,16 +1,21 @@
 """Before the run: which engine, how many queries at a time, how much memory, how long."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
 
 from hydragrad.errors import UnsupportedError, message
-from hydragrad.hypergradient.choosing import Chosen, choose
+from hydragrad.hypergradient.choosing import Chosen, Fixed, choose, fixed
 from hydragrad.hypergradient.engines import check_method
+from hydragrad.hypergradient.naming import name_of
 from hydragrad.hypergradient.queries import length_of
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.run import Run
+
+PIECE_SECONDS = 60.0
+"""What a piece of a resumable attribution should take at most; longer where its replay alone takes half of that."""
 
 
 @final
@@ -35,6 +40,7 @@ class Plan:
     budget: int
     reasons: tuple[str, ...]
     chosen: Chosen = field(repr=False, compare=False)
+    fixed: Fixed = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         return (
@@ -74,34 +80,42 @@ def plan_sweep(
     memory: int | None,
     block: int | None,
     compile: bool | None,
+    pieces: bool = False,
+    again: Fixed | None = None,
 ) -> Plan:
-    """``plan`` for a sweep that is made ready already."""
+    """``plan`` for a sweep that is made ready already; in ``pieces`` of about a minute, or as chosen before."""
     for name, value in (("queries", queries), ("block", block), ("memory", memory)):
         if value is not None and value < 1:
             raise UnsupportedError(message(f"{name} is too small", expected="at least 1", got=value))
     check_method(method)
     device = sweep.replayer.device
     budget = memory if memory is not None else _free(device) // 2
-    chosen = choose(sweep, queries, method, memory=budget, block=block, compile=compile)
+    if again is None:
+        chosen = choose(sweep, queries, method, memory=budget, block=block, compile=compile)
+    else:
+        chosen = fixed(sweep, method, again.engine, again.block)
     rows = sweep.run.num_examples if rows is None else rows
     sizes = chosen.sizes
     result = rows * queries * sizes.number
     # what every choice needs: the block's engine, the result (its copy on the device while a sweep lasts)
-    fixed = result + chosen.block * sizes.engine + chosen.held
-    left = max(budget - fixed, 0)
+    left = max(budget - result - chosen.block * sizes.engine - chosen.held, 0)
     segment = max(2, min(sizes.longest, min(left // 4, left - sizes.adjoint - rows * sizes.number) // sizes.state))
+    segment = segment if again is None else again.segment
     left = max(left - segment * sizes.state, 0)
     carried = max(1, min(queries, left // (sizes.adjoint + rows * sizes.number)))
+    replay = sweep.stop * chosen.replay * (1 if segment >= sizes.longest else 2)
+    if pieces:
+        wanted = max(PIECE_SECONDS - replay, replay) / (sweep.stop * chosen.per_query)
+        carried = min(carried, max(chosen.block, int(wanted)))
+    carried = -(-queries // -(-queries // carried)) if again is None else again.carried
     sweeps = -(-queries // carried)
-    carried = -(-queries // sweeps)
     chosen = chosen.limited(carried)
-    replays = sweeps * (1 if segment >= sizes.longest else 2)
-    seconds = sweep.stop * (replays * chosen.replay + queries * chosen.per_query)
+    if pieces and again is None:  # as a later call will make it
+        made = fixed(sweep, method, name_of(chosen.engine), chosen.block)
+        chosen = replace(made, reasons=chosen.reasons)
+    seconds = sweeps * replay + sweep.stop * queries * chosen.per_query
     peak = result + chosen.block * sizes.engine + chosen.held + segment * sizes.state
     peak += carried * (sizes.adjoint + rows * sizes.number)
-    reasons = list(chosen.reasons)
-    if peak > budget:
-        reasons.append(f"the budget of {budget / 2**20:.1f} MiB is below what the smallest sweep needs")
     return Plan(
         method,
         queries,
@@ -113,9 +127,19 @@ def plan_sweep(
         peak,
         seconds,
         budget,
-        tuple(reasons),
+        (*chosen.reasons, *_reasons(peak, budget, seconds / sweeps, pieces, again)),
         chosen,
+        Fixed(name_of(chosen.engine), chosen.block, carried, segment),
     )
+
+
+def _reasons(peak: int, budget: int, piece: float, pieces: bool, again: Fixed | None) -> Iterator[str]:
+    if again is not None:
+        yield "engine, block and pieces as chosen when this attribution began"
+    if pieces:
+        yield f"every sweep is a piece of about {piece:.1f} s, saved when it is finished"
+    if peak > budget:
+        yield f"the budget of {budget / 2**20:.1f} MiB is below what the smallest sweep needs"
 
 
 def _free(device: torch.device) -> int:

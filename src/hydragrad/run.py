@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hydragrad.errors import MismatchError, message
 from hydragrad.problem import Coefficients, Loss, Problem, Reduction
 from hydragrad.trajectory.binding import check_data, check_model, choose_collate, choose_reduction
+from hydragrad.trajectory.finite import check_finite
 from hydragrad.trajectory.replay import Replayer, check_weights
 from hydragrad.trajectory.state import State, StepRecord
 from hydragrad.trajectory.store import Trajectory
@@ -89,7 +90,8 @@ class Run:
         """The state before step ``until`` (None: the end) of the same training with these weights.
 
         ``weights`` [N]: 1 = as trained, 0 = removed (its loss counts nothing; batches and denominators stay). Without
-        weights every step is compared with the record. Raises MismatchError, NonFiniteError.
+        weights every step is compared with the record. Raises MismatchError, NonFiniteError (naming the first step and
+        tensor that are not finite).
         """
         stop = self._checked_step(self.num_steps if until is None else until)
         replayer = self.replayer(check=True)
@@ -100,7 +102,9 @@ class Run:
         with kept_random_state():
             for step in self.steps[replayer.step : stop]:
                 replayer.advance(step, weights)
-        return replayer.state()
+            state = replayer.state()
+            check_finite(state, replayer, self.trajectory, weights)
+        return state
 
     def states(self, start: int, stop: int) -> Iterator[State]:
         """The states before steps ``start`` .. ``stop - 1`` of the recorded run, from the nearest checkpoint on."""

@@ -14,8 +14,9 @@ from tqdm import tqdm
 from hydragrad.attribution import Attribution
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, NonFiniteError, StoreError, UnsupportedError, message
-from hydragrad.files import dumps, loads, sha256, write_atomically
+from hydragrad.files import dumps, loads, reserve, sha256, write_atomically, writing
 from hydragrad.hypergradient.engines import check_method
+from hydragrad.hypergradient.finite import FirstBad
 from hydragrad.hypergradient.forward import Tangents, forward_sweep
 from hydragrad.hypergradient.pages import kept_pages
 from hydragrad.hypergradient.queries import Columns, Queries, example_ids
@@ -153,11 +154,7 @@ def hypergradients(
         size_v = sum(math.prod(manifest.buffers[name]["shape"]) for name in objective.carried)
         vectors = _allocate(path, _VECTORS, (len(ids), size), sweep.dtype, plan)
         buffers = _allocate(path, _BUFFERS, (len(ids), size_v), sweep.dtype, plan)
-        _sweep_blocks(sweep, plan, ids, vectors, buffers, progress)
-    if check and not bool(torch.stack([v.isfinite().all() for v in (*vectors.split(256), buffers)]).all()):
-        raise NonFiniteError(
-            message("a hypergradient is not finite", cause="an unstable run", remedy="try method='gauss-newton'")
-        )
+        _sweep_blocks(sweep, plan, ids, vectors, buffers, check, progress)
     diagnostics = Diagnostics(
         method=method,
         seconds=time.perf_counter() - began,
@@ -183,33 +180,54 @@ def hypergradients(
     return Hypergradients(run, vectors, ids, method, sweep.stop, diagnostics, buffers)
 
 
-def _sweep_blocks(sweep: Sweep, plan: Plan, ids: Tensor, vectors: Tensor, buffers: Tensor, progress: bool) -> None:
+def _sweep_blocks(
+    sweep: Sweep, plan: Plan, ids: Tensor, vectors: Tensor, buffers: Tensor, check: bool, progress: bool
+) -> None:
     run = sweep.run
     slots = sweep.optimizer.slots(run.steps[0].groups)
     state = sweep.replayer.state()
     params = [state.params[name] for name in sweep.objective.names]
     carried = [state.buffers[name] for name in sweep.objective.carried]
-
-    def watch(_: int) -> None:
-        bar.update()
-
     bar = tqdm(total=sweep.stop * plan.sweeps, desc="sweeping forward", unit="step", delay=2, disable=not progress)
     with bar, sweep.objective.differentiable():
         for first in range(0, len(ids), plan.carried):
             chosen = ids[first : first + plan.carried]
             tangents = Tangents(params, slots, len(chosen), carried)
+            bad = FirstBad((*sweep.objective.names, *sweep.objective.carried))
+
+            def watch(step: int, tangents: Tangents = tangents, bad: FirstBad = bad) -> None:
+                bar.update()
+                if check:
+                    bad.see(step, (*tangents.h, *tangents.y))
+
             moments = forwards(sweep.replayer, run.trajectory, sweep.stop)
             used = None if plan.method == "hessian-free" else plan.chosen.plain
             forward_sweep(moments, sweep.objective, sweep.optimizer, used, chosen, tangents, plan.block, watch)
+            if found := bad.first():
+                raise _not_finite(sweep, *found)
             vectors[first : first + len(chosen)] = tangents.flat().cpu()
             buffers[first : first + len(chosen)] = tangents.flat_buffers().cpu()
+
+
+def _not_finite(sweep: Sweep, step: int, names: list[str]) -> NonFiniteError:
+    sweep.end()  # where the run itself is not finite, that is the word
+    return NonFiniteError(
+        message(
+            f"a hypergradient is not finite after step {step}, first in {names[0]!r}",
+            expected="finite derivatives of the parameters in the examples' weights",
+            got=f"NaN or infinity in {len(names)} parameters",
+            cause="an unstable run: its derivative grows at every step",
+            remedy="try method='gauss-newton', or ask an earlier step with step=",
+        )
+    )
 
 
 def _allocate(path: str | Path | None, name: str, shape: tuple[int, int], dtype: torch.dtype, plan: Plan) -> Tensor:
     if path is not None and math.prod(shape):
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _ABOUT).unlink(missing_ok=True)  # until this sweep has ended, there is no answer here
+        with writing(folder):
+            (folder / _ABOUT).unlink(missing_ok=True)  # until this sweep has ended, there is no answer here
+        reserve(folder / name, math.prod(shape) * dtype.itemsize)
         return _mapped(folder / name, shape, dtype)
     if math.prod(shape) * dtype.itemsize > plan.budget:
         raise UnsupportedError(

@@ -5,9 +5,10 @@ from typing import final
 
 import torch
 
-from hydragrad.errors import MismatchError
+from hydragrad.errors import MismatchError, NonFiniteError
 from hydragrad.run import Run, kept_random_state
 from hydragrad.trajectory.agreement import state_difference, tolerance
+from hydragrad.trajectory.finite import check_finite
 from hydragrad.trajectory.replay import Replayer
 
 
@@ -69,6 +70,10 @@ def verify(run: Run) -> Verification:
         reasons.append(f"the state at step {apart[0]} is off by {drift[apart[0]]:.2g} relative (allowed: {limit:g})")
     if not exact:
         reasons += _hints(run, replayer, first)
+    try:
+        check_finite(replayer.state(), replayer, run.trajectory)
+    except NonFiniteError as error:
+        reasons.append(f"the run itself is not finite: {error}")
     if not run.trajectory.complete:
         reasons.append(f"the recording is incomplete ({run.trajectory.reason}): {run.num_steps} steps were kept")
     return Verification(done == run.num_steps and not apart, exact, done, drift, first, tuple(reasons))

@@ -62,15 +62,20 @@ def sgd(model: nn.Module) -> Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
+def make_loader(data: Any = None) -> DataLoader:
+    """Seeded, shuffled batches of 5."""
+    return DataLoader(
+        make_data() if data is None else data, 5, shuffle=True, generator=torch.Generator().manual_seed(2)
+    )
+
+
 def record_run(
     path: Path, model: nn.Module | None = None, optimizer: Optimizer | None = None, data: Any = None, **options: Any
 ) -> nn.Module:
     """Record the plain loop with SGD over ``data`` in shuffled batches of 5; returns the trained model."""
     model = make_model() if model is None else model
     optimizer = sgd(model) if optimizer is None else optimizer
-    loader = DataLoader(
-        make_data() if data is None else data, 5, shuffle=True, generator=torch.Generator().manual_seed(2)
-    )
+    loader = make_loader(data)
     train_options = {key: options.pop(key) for key in ("epochs", "stop_after", "on_step") if key in options}
     with record(path, model, optimizer, checkpoint_every=options.pop("checkpoint_every", 4), **options) as recording:
         train(model, optimizer, loader, recording.batches, **train_options)

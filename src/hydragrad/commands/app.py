@@ -157,6 +157,12 @@ def attribute(
         int | None, typer.Option(min=1, help="Budget in MiB above training's. Default: half of what is free.")
     ] = None,
     check: Annotated[bool, typer.Option(help="Check the scores against retraining: four replays.")] = True,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps finished blocks: the same command goes on after a kill.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Score every training example for every test example of a task, and show the most helpful and harmful.
 
@@ -165,6 +171,7 @@ def attribute(
 
         hydragrad attribute runs/digits --task digits --query 3 --top 10
         hydragrad attribute runs/digits --task digits --method gauss-newton --out scores.safetensors
+        hydragrad attribute runs/digits --task digits --resume runs/digits-scores --out scores.safetensors
 
     Read saved scores in Python: hydragrad.Attribution.load("scores.safetensors").
     """
@@ -172,8 +179,13 @@ def attribute(
     _check_places(chosen, query or [], out)
     bound = chosen.load(run)
     budget = None if memory is None else memory * 2**20
-    say(f"plan: {plan(bound, len(chosen.test), method.value, memory=budget)}")
-    scores = attribute_run(bound, chosen.test, method=method.value, memory=budget, check=check, progress=interactive())
+    if resume is None:
+        say(f"plan: {plan(bound, len(chosen.test), method.value, memory=budget)}")
+    else:
+        say(f"finished blocks are kept in {resume}")
+    scores = attribute_run(
+        bound, chosen.test, method=method.value, memory=budget, check=check, progress=interactive(), resume=resume
+    )
     say("", str(scores.diagnostics), "")
     _show(scores, chosen, bound, query or [], top)
     if out is not None:

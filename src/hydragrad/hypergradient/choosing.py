@@ -6,8 +6,9 @@ from typing import final
 
 import torch
 
-from hydragrad.hypergradient.costs import activation_bytes, seconds_of
+from hydragrad.hypergradient.costs import activation_bytes, probe_block, products, seconds_of
 from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.naming import named
 from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.scaled import Direct, ScaledEngine
 from hydragrad.hypergradient.searching import Search
@@ -59,6 +60,20 @@ class Chosen:
         return replace(self, block=min(self.block, carried))
 
 
+@final
+@dataclass(frozen=True)
+class Fixed:
+    """What an earlier sweep chose, to be done again in the same way: bit for bit where the machine is the same.
+
+    ``engine``: "plain", "traced" or "compiled", a colon, the engine's name; the rest as in a plan.
+    """
+
+    engine: str
+    block: int
+    carried: int
+    segment: int
+
+
 def choose(sweep: Sweep, queries: int, method: str, *, memory: int, block: int | None, compile: bool | None) -> Chosen:
     """Measure engines of ``method`` on a recorded batch until measuring would cost more than it saves.
 
@@ -76,6 +91,20 @@ def choose(sweep: Sweep, queries: int, method: str, *, memory: int, block: int |
         best = search.best(queries, max(1, memory // 2 // sizes.engine), memory // 4, fixed=block, compile=compile)
     held = best.engine.held(point)
     return Chosen(best.engine, best.block, best.per_query, replay, sizes, tuple(search.reasons), point, held)
+
+
+def fixed(sweep: Sweep, method: str, engine: str, block: int) -> Chosen:
+    """The engine of that name (see ``Fixed``), measured once with that block and compared with nothing."""
+    point, replay = _probe_point(sweep)
+    key = ("fixed", method, engine, block, sweep.stop)
+    with sweep.objective.differentiable():
+        if key not in sweep.run.memo:
+            sweep.run.memo[key] = named(sweep.objective, method, engine)
+        made, sizes = sweep.run.memo[key], _sizes(sweep, point, method)
+        gam = probe_block(point, block)
+        products(made, point, gam)  # the first form: it alone is traced or compiled
+        seconds = seconds_of(lambda: products(made, replace(point), gam), sweep.replayer.device, repeats=1)
+    return Chosen(made, block, seconds / block, replay, sizes, (), point, made.held(point))
 
 
 def _probe_point(sweep: Sweep) -> tuple[Point, float]:

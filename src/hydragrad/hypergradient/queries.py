@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from hydragrad.errors import MismatchError, NonFiniteError, message
+from hydragrad.files import sha256
 from hydragrad.hypergradient.curvature import over_block, vjp
 from hydragrad.problem import Problem
 from hydragrad.step.objective import Objective, Vectors
 from hydragrad.trajectory.batches import BatchSource
+from hydragrad.trajectory.fingerprints import batch_digests
 from hydragrad.trajectory.state import State
 
 _TOGETHER = 16
@@ -117,6 +119,11 @@ class Queries:
         """M [M] at a state."""
         with torch.no_grad():
             return torch.cat([measure(at) for _, measure, at in self._batches(state, torch.arange(self.count))])
+
+    def digest(self) -> str:
+        """Tells these queries from others by their content, in order."""
+        parts = torch.arange(self.count).split(self._together)
+        return sha256(torch.cat([batch_digests(self._source.fetch(p), len(p)).cpu() for p in parts]).numpy().tobytes())
 
     def sensitivities(self, state: State, columns: Columns, chosen: slice) -> tuple[Vectors, Vectors]:
         """D m/dw and d m/dv of the chosen columns: a block ``[number of columns, *shape]`` a parameter, a buffer."""

@@ -12,6 +12,7 @@ from hydragrad.run import Run
 from hydragrad.step import update_for
 from hydragrad.step.objective import Objective
 from hydragrad.step.optimizer_map import OptimizerMap
+from hydragrad.trajectory.finite import check_finite
 from hydragrad.trajectory.replay import Replayer
 from hydragrad.trajectory.state import State
 
@@ -65,8 +66,10 @@ class Sweep:
         return getattr(torch, self.run.trajectory.manifest.params[self.objective.names[0]]["dtype"])
 
     def end(self) -> State:
-        """The state that is asked about, step ``stop``, on the device."""
-        return _state_at(self.run, self.replayer, self.stop)
+        """The state that is asked about, step ``stop``, on the device; refused unless its parameters are finite."""
+        state = _state_at(self.run, self.replayer, self.stop)
+        check_finite(state, self.replayer, self.run.trajectory)
+        return state
 
     def _refuse(self) -> None:
         manifest = self.run.trajectory.manifest

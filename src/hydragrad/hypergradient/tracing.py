@@ -29,11 +29,12 @@ class TracedFunction:
     the same operations without them, and what they compute twice is computed once. A graph holds for one form of
     input only, and values that Python reads out of tensors would be frozen into it: tracing refuses those, and whoever
     chooses an engine compares it with plain autograd. ``compile``: hand the graph to torch.compile, which fuses it.
+    ``settled``: trace the first form alone, so that no result's rounding depends on what was called before.
     """
 
     def __init__(self, function: Callable[..., Any], *, compile: bool = False) -> None:
         self.function = function
-        self.compile = compile
+        self.compile, self.settled = compile, False
         self._seen: dict[Any, int] = {}
         self._untraceable: set[Any] = set()
         self._graphs: dict[Any, tuple[Callable[..., Any], Any]] = {}
@@ -43,7 +44,7 @@ class TracedFunction:
         key = form_of(inputs, tensors)
         if key not in self._graphs:
             self._seen[key] = self._seen.get(key, 0) + 1
-            rare = self._graphs and self._seen[key] < _RARE
+            rare = self._graphs and (self.settled or self._seen[key] < _RARE)
             if rare or len(self._graphs) >= _MOST_GRAPHS or key in self._untraceable:
                 return self.function(*inputs)
             try:

@@ -1,60 +1,20 @@
 """The on-disk format: JSON that holds what JSON cannot, tensors as safetensors, hashed files written atomically.
 
 A run's folder holds ``manifest.json`` (written once), ``journal.jsonl`` (one line per flushed segment, each carrying
-the hash of what precedes it), ``steps/NNNNNNNN.safetensors`` and ``checkpoints/NNNNNNNN.safetensors``. Nothing is
-pickled. The journal alone says which files count: whatever a killed run left beside it is ignored.
+the hash of what precedes it and its own), ``steps/NNNNNNNN.safetensors`` and ``checkpoints/NNNNNNNN.safetensors``.
+Nothing is pickled. The journal alone says which files count: whatever a killed run left beside it is ignored.
 """
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
 import torch
 
-from hydragrad.errors import StoreError
-from hydragrad.files import broken_file, dumps, load_tensors, save_tensors, sha256, write_atomically
+from hydragrad.files import dumps, load_tensors, reading, save_tensors
 from hydragrad.trajectory.state import State, StepRecord
 
-VERSION = 1
+VERSION = 2
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", "recording.lock"
-
-
-@final
-@dataclass(frozen=True)
-class FileRef:
-    """A file that the journal vouches for: name inside the run's folder, size, hash."""
-
-    name: str
-    size: int
-    sha256: str
-
-    @staticmethod
-    def write(folder: Path, name: str, data: bytes) -> "FileRef":
-        """Write the file and return what vouches for it."""
-        write_atomically(folder / name, data)
-        return FileRef(name, len(data), sha256(data))
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the journal."""
-        return asdict(self)
-
-    def check_size(self, folder: Path) -> None:
-        """Refuse a missing or truncated file, by name (cheap: nothing is read)."""
-        path = folder / self.name
-        if not path.is_file():
-            raise StoreError(broken_file(path, "is missing", f"a file of {self.size} bytes", "nothing"))
-        if path.stat().st_size != self.size:
-            raise StoreError(
-                broken_file(path, "has the wrong size", f"{self.size} bytes", f"{path.stat().st_size} bytes")
-            )
-
-    def read(self, folder: Path) -> bytes:
-        """The file's bytes; refused by name if they are not what was written."""
-        self.check_size(folder)
-        data = (folder / self.name).read_bytes()
-        if sha256(data) != self.sha256:
-            raise StoreError(broken_file(folder / self.name, "was altered", f"SHA-256 {self.sha256}", sha256(data)))
-        return data
 
 
 def encode_state(state: State) -> bytes:
@@ -69,18 +29,20 @@ def encode_state(state: State) -> bytes:
 def decode_state(path: Path, data: bytes) -> State:
     """Inverse of ``encode_state``."""
     tensors, tables = load_tensors(path, data)
-    state = State(tables["step"], {}, {}, {})
-    for key, tensor in tensors.items():
-        kind, rest = key.split(":", 1)
-        if kind == "optimizer":
-            slot, name = rest.split(":", 1)
-            state.optimizer.setdefault(name, {})[slot] = tensor
-        else:
-            (state.params if kind == "param" else state.buffers)[rest] = tensor
+    with reading(path):
+        state = State(tables["step"], {}, {}, {})
+        for key, tensor in tensors.items():
+            kind, rest = key.split(":", 1)
+            if kind == "optimizer":
+                slot, name = rest.split(":", 1)
+                state.optimizer.setdefault(name, {})[slot] = tensor
+            else:
+                {"param": state.params, "buffer": state.buffers}[kind][rest] = tensor
     return state
 
 
 _CAT = torch.zeros(0, dtype=torch.int64)
+_COUNTS = ("steps", "lengths", "epochs", "loaders", "skipped_lengths")
 
 
 def encode_steps(steps: list[StepRecord]) -> bytes:
@@ -115,8 +77,13 @@ def encode_steps(steps: list[StepRecord]) -> bytes:
 
 
 def decode_steps(path: Path, data: bytes) -> list[StepRecord]:
-    """Inverse of ``encode_steps``."""
+    """Inverse of ``encode_steps``; raises StoreError for what it never writes."""
     tensors, tables = load_tensors(path, data)
+    with reading(path):
+        return _decode_steps(tensors, tables)
+
+
+def _decode_steps(tensors: dict[str, torch.Tensor], tables: dict[str, Any]) -> list[StepRecord]:
     groups = [tuple(row) for row in tables["groups"]]
     without = [frozenset(row) for row in tables["without_grad"]]
     modes = tables["modes"]
@@ -125,6 +92,8 @@ def decode_steps(path: Path, data: bytes) -> list[StepRecord]:
     skipped = tensors["skipped_ids"].split(tensors["skipped_lengths"].tolist())
     epochs, loaders = tensors["epochs"].tolist(), tensors["loaders"].tolist()
     steps, at, skipped_at = [], 0, 0
+    if int(torch.cat([_CAT, *(tensors[name].flatten() for name in _COUNTS)]).min()) < 0:
+        raise ValueError("a negative count or place in a table")
     for k, (index, count, skips, random, group, none, mode) in enumerate(tensors["steps"].tolist()):
         here, there = slice(at, at + count), slice(skipped_at, skipped_at + skips)
         at, skipped_at = at + count, skipped_at + skips
@@ -144,6 +113,8 @@ def decode_steps(path: Path, data: bytes) -> list[StepRecord]:
                 skipped=tuple(skipped[there]),
             )
         )
+    if (at, at, at, skipped_at) != (len(ids), len(epochs), len(loaders), len(skipped)):
+        raise ValueError("batches that belong to no step")
     return steps
 
 

@@ -1,5 +1,6 @@
 """torch.optim optimizers: described while recording, built and restored for replay."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,12 +69,11 @@ def _plain(value: Any) -> Any:
 
 def build_optimizer(described: dict[str, Any], groups: tuple[Hyper, ...], params: Mapping[str, Tensor]) -> Optimizer:
     """The recorded torch.optim class over ``params``, with the recorded groups, order and hyperparameters."""
-    name, module = described["class"], described["module"]
-    cls = getattr(torch.optim, name, None)
-    if cls is None or not module.startswith("torch.optim"):
+    cls = torch_optimizer(described)
+    if cls is None:
         raise UnsupportedError(
             message(
-                f"the run was recorded with the optimizer {module}.{name}",
+                f"the run was recorded with the optimizer {described['module']}.{described['class']}",
                 expected="a class of torch.optim",
                 cause="a custom optimizer, or one of another package",
                 remedy="train with an optimizer of torch.optim; replay runs the very class that was recorded",
@@ -85,6 +85,30 @@ def build_optimizer(described: dict[str, Any], groups: tuple[Hyper, ...], params
             for names, hyper in zip(described["groups"], groups, strict=True)
         ]
     )
+
+
+def torch_optimizer(described: dict[str, Any]) -> type[Any] | None:
+    """The recorded class if it is one of torch.optim's optimizers; nothing else is ever looked up or called."""
+    cls = getattr(torch.optim, described["class"], None)
+    if described["module"].split(".")[:2] != ["torch", "optim"] or not isinstance(cls, type):
+        return None
+    return cls if issubclass(cls, Optimizer) and cls is not Optimizer else None
+
+
+def misfit(cls: type[Any], hyper: Hyper) -> str | None:
+    """The hyperparameter whose value is of no kind that the optimizer takes (a word for a number), if there is one."""
+    known = inspect.signature(cls.__init__).parameters
+    return next((key for key, value in hyper.items() if key in known and not _alike(value, known[key].default)), None)
+
+
+def _alike(value: Any, default: Any) -> bool:
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and len(value) == len(default) and all(_alike(part, None) for part in value)
+    if isinstance(default, str):
+        return isinstance(value, str)
+    if isinstance(default, bool) or default is None or default is inspect.Parameter.empty:
+        return value is None or isinstance(value, (bool, int, float, str if default is None else bool))
+    return isinstance(value, (int, float))
 
 
 def restore_optimizer(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from hydragrad.errors import HydragradError, MismatchError, UnsupportedError, message
+from hydragrad.errors import HydragradError, MismatchError, StoreError, UnsupportedError, message
 from hydragrad.trajectory.claims import BackwardWatch, Gathered, PendingBatch
 from hydragrad.trajectory.fingerprints import GradientFingerprint, batch_digests, describe_batch
 from hydragrad.trajectory.format import VERSION
@@ -113,14 +113,27 @@ class Recording:
             if not self._writer.started and kind is None:
                 self._start()
             if self._writer.started:
-                torn = self._taken is not None or (bool(self._now.batches) and bool(self._buffers))
-                self._flush(None if torn else self._capture())
-                reason = "" if kind is None else f"{kind.__name__}: {error}"
-                leftover = [*self._now.skipped, *(batch.ids for batch in self._now.batches)]
-                self._writer.finish(complete=kind is None, reason=reason, skipped=[ids.tolist() for ids in leftover])
+                self._end(self._writer, kind, error)
         finally:
             self._writer.close()
             self._writer = None
+
+    def _end(self, writer: StoreWriter, kind: type[BaseException] | None, error: BaseException | None) -> None:
+        """Write what is left and how the run ended; where that fails, what was written before stands, and is read."""
+        failed: StoreError | None = None
+        torn = self._taken is not None or (bool(self._now.batches) and bool(self._buffers))
+        try:
+            self._flush(None if torn else self._capture())
+        except StoreError as refused:
+            failed = refused
+        reason = f"{kind.__name__}: {error}" if kind is not None else f"StoreError: {failed}" if failed else ""
+        leftover = [*self._now.skipped, *(batch.ids for batch in self._now.batches)]
+        try:
+            writer.finish(complete=not reason, reason=reason, skipped=[ids.tolist() for ids in leftover])
+        except StoreError as refused:
+            failed = failed or refused
+        if failed is not None and kind is None:
+            raise failed
 
     def batches(self, loader: Iterable[Any], indices: Iterable[Any] | None = None) -> "RecordedBatches":
         """Iterate ``loader`` (an ordinary DataLoader) and note which examples each batch holds.

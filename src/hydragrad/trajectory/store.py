@@ -1,15 +1,19 @@
 """Reading a recorded run: opened from its folder, checked, never unpickled."""
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from hydragrad.errors import MismatchError, StoreError, message
-from hydragrad.files import loads, sha256
-from hydragrad.trajectory.format import JOURNAL, MANIFEST, VERSION, FileRef, decode_state, decode_steps
+from hydragrad.files import loads, read_bytes, reading, sha256
+from hydragrad.journal import FileRef, read_journal
+from hydragrad.trajectory.format import JOURNAL, MANIFEST, VERSION, decode_state, decode_steps
 from hydragrad.trajectory.state import Manifest, State, StepRecord
+from hydragrad.trajectory.validation import check_entries, check_manifest, check_state, check_steps
+
+_UNSAID = "the recording process was killed, or its disk was full: it could not say how it ended"
 
 
 @final
@@ -25,24 +29,31 @@ class Trajectory:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest, described = _read_manifest(self.folder)
-        entries = _read_journal(self.folder, sha256(described))
+        journal = self.folder / JOURNAL
+        entries, written = read_journal(journal, sha256(described), MANIFEST)
+        check_entries(entries, journal)
         last = entries[-1]
         self.complete: bool = bool(last.get("end") and last["complete"])
-        self.reason: str = last["reason"] if last.get("end") else "the recording process was killed"
+        self.reason: str = last["reason"] if last.get("end") else _UNSAID
         self.trailing: list[list[int]] = last["skipped"] if last.get("end") else []
         """Ids of the batches after the last step."""
+        self.identity: str = sha256(described + written)
+        """What tells this run, as far as it was recorded, from every other."""
         self._states: dict[int, FileRef] = {}
         steps: list[StepRecord] = []
         for entry in entries:
             if entry.get("end"):
                 continue
             if entry["checkpoint"] is not None:
-                checkpoint = FileRef(**entry["checkpoint"])
+                checkpoint = FileRef.of(entry["checkpoint"], journal)
                 checkpoint.check_size(self.folder)
                 self._states[entry["stop"]] = checkpoint
             if entry["steps"] is not None:
-                ref = FileRef(**entry["steps"])
-                steps.extend(decode_steps(self.folder / ref.name, ref.read(self.folder)))
+                ref = FileRef.of(entry["steps"], journal)
+                path = self.folder / ref.name
+                segment = decode_steps(path, ref.read(self.folder))
+                check_steps(segment, self.manifest, range(entry["start"], entry["stop"]), path)
+                steps.extend(segment)
         self.steps: Sequence[StepRecord] = tuple(steps)
         self.checkpoints: tuple[int, ...] = tuple(sorted(self._states))
 
@@ -64,7 +75,10 @@ class Trajectory:
                 )
             )
         ref = self._states[step]
-        return decode_state(self.folder / ref.name, ref.read(self.folder))
+        path = self.folder / ref.name
+        state = decode_state(path, ref.read(self.folder))
+        check_state(state, self.manifest, step, path)
+        return state
 
     def nearest(self, step: int) -> int:
         """The last stored step at or before ``step``."""
@@ -76,7 +90,7 @@ class Trajectory:
 
 def _read_manifest(folder: Path) -> tuple[Manifest, bytes]:
     path = folder / MANIFEST
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise StoreError(
             message(
                 f"no recorded run in {folder}",
@@ -85,53 +99,23 @@ def _read_manifest(folder: Path) -> tuple[Manifest, bytes]:
                 remedy="give the folder that was given to hydragrad.record",
             )
         )
-    data = path.read_bytes()
-    try:
+    data = read_bytes(path)
+    with reading(path):
         content = loads(data)
         version = content["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(message(f"{path} cannot be read", got=str(error), remedy="record the run again")) from error
     if version != VERSION:
         raise StoreError(
             message(
                 f"{path} has another format version",
                 expected=f"version {VERSION}",
-                got=f"version {version}",
+                got=f"version {str(version)[:20]}",
                 cause="the run was recorded by another release of hydragrad",
                 remedy="load it with that release, or record the run again",
             )
         )
     known = {field.name for field in fields(Manifest)}
     if set(content) != known:
-        raise StoreError(message(f"{path} was altered", got=f"unexpected fields {sorted(set(content) ^ known)}"))
-    return Manifest(**content), data
-
-
-def _read_journal(folder: Path, previous: str) -> list[dict[str, Any]]:
-    """The journal's entries; a last line without its newline is a kill's trace and is dropped."""
-    path = folder / JOURNAL
-    if not path.is_file():
-        raise StoreError(message(f"{path} is missing", remedy="copy the run's folder again"))
-    lines = path.read_bytes().split(b"\n")[:-1]
-    entries: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = loads(line)
-            chained = entry["previous"] == previous
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-            chained = False
-            entry = {}
-        if not chained:
-            raise StoreError(
-                message(
-                    f"line {number} of {path} does not follow from what precedes it",
-                    expected=f"the hash of {'the manifest' if number == 1 else f'line {number - 1}'}",
-                    cause=f"{JOURNAL} or {MANIFEST} was edited or swapped",
-                    remedy="copy the run's folder again, or record the run again",
-                )
-            )
-        entries.append(entry)
-        previous = sha256(line + b"\n")
-    if not entries:
-        raise StoreError(message(f"{path} is empty", remedy="copy the run's folder again"))
-    return entries
+        raise StoreError(message(f"{path} was altered", got=f"unexpected fields {sorted(set(content) ^ known)[:8]}"))
+    manifest = Manifest(**content)
+    check_manifest(manifest, path)
+    return manifest, data

@@ -1,14 +1,15 @@
 """Writing a run to disk while it trains: one writer per folder, a consistent store after every flush."""
 
-import os
-import socket
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
 
 from hydragrad.errors import StoreError, message
-from hydragrad.files import dumps, loads, sha256, write_atomically
-from hydragrad.trajectory.format import JOURNAL, LOCK, MANIFEST, FileRef, encode_state, encode_steps
+from hydragrad.files import dumps, sha256, stage, writing
+from hydragrad.journal import FileRef, Journal, sealed
+from hydragrad.locks import Lock
+from hydragrad.trajectory.format import JOURNAL, LOCK, MANIFEST, encode_state, encode_steps
 from hydragrad.trajectory.state import Manifest, State, StepRecord
 
 
@@ -22,7 +23,9 @@ class StoreWriter:
 
     def __init__(self, folder: Path, *, overwrite: bool) -> None:
         self.folder = folder
+        self._lock = Lock(folder / LOCK, "recorded into by another recorder")
         if (folder / MANIFEST).exists() and not overwrite:
+            self._lock.free()
             raise StoreError(
                 message(
                     f"{folder} already holds a recorded run",
@@ -30,24 +33,46 @@ class StoreWriter:
                     remedy="record into another folder, or give overwrite=True to replace that run",
                 )
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(folder)
-        self._previous = ""
-        self.started = False
+        self._journal: Journal | None = None
         self._written = 0
 
+    @property
+    def started(self) -> bool:
+        """Whether the run exists on disk."""
+        return self._journal is not None
+
     def start(self, manifest: Manifest, state: State) -> None:
-        """The first step is about to be taken: replace what was here by the new run."""
-        (self.folder / MANIFEST).unlink(missing_ok=True)  # first: without it the old run is gone as a whole
-        for old in [self.folder / JOURNAL, *self.folder.glob("steps/*"), *self.folder.glob("checkpoints/*")]:
-            if old.suffix in (".safetensors", ".jsonl", ".tmp"):
-                old.unlink(missing_ok=True)
+        """The first step is about to be taken: replace what was here by the new run.
+
+        All that needs space is written beside what was here before that is touched: a full disk leaves it whole.
+        """
         described = (dumps(asdict(manifest)) + "\n").encode()
-        self._previous = sha256(described)
-        line = self._line({"start": 0, "stop": 0, "steps": None, "checkpoint": self._checkpoint(state)})
-        write_atomically(self.folder / JOURNAL, line)
-        write_atomically(self.folder / MANIFEST, described)
-        self.started = True
+        encoded = encode_state(state)
+        first = FileRef(_checkpoint_name(state), len(encoded), sha256(encoded))
+        line = sealed({"start": 0, "stop": 0, "steps": None, "checkpoint": first.to_dict()}, sha256(described))
+        contents = {first.name: encoded, JOURNAL: line, MANIFEST: described}  # the manifest last: then the run exists
+        staged: dict[Path, Path] = {}
+        try:
+            for name, content in contents.items():
+                staged[self.folder / name] = stage(self.folder / name, content)
+            with writing(self.folder):
+                self._clear(set(staged.values()))
+                for path, temporary in staged.items():
+                    temporary.replace(path)
+        except BaseException:
+            for temporary in staged.values():
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+            raise
+        self._journal = Journal(self.folder / JOURNAL, "")
+        self._journal.wrote(line)
+
+    def _clear(self, kept: set[Path]) -> None:
+        """Remove the run that was here, its manifest first: without that it is gone as a whole."""
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        for old in [self.folder / JOURNAL, *self.folder.glob("steps/*"), *self.folder.glob("checkpoints/*")]:
+            if old.suffix in (".safetensors", ".jsonl", ".tmp") and old not in kept:
+                old.unlink(missing_ok=True)
 
     def flush(self, steps: list[StepRecord], state: State | None) -> None:
         """Append a segment: ``steps``, and the state after the last of them (None: it cannot be told apart)."""
@@ -68,57 +93,15 @@ class StoreWriter:
 
     def close(self) -> None:
         """Give the folder free."""
-        self._lock.unlink(missing_ok=True)
+        self._lock.free()
 
     def _checkpoint(self, state: State) -> dict[str, Any]:
-        name = f"checkpoints/{state.step:08d}.safetensors"
-        return FileRef.write(self.folder, name, encode_state(state)).to_dict()
-
-    def _line(self, entry: dict[str, Any]) -> bytes:
-        line = (dumps({**entry, "previous": self._previous}) + "\n").encode()
-        self._previous = sha256(line)
-        return line
+        return FileRef.write(self.folder, _checkpoint_name(state), encode_state(state)).to_dict()
 
     def _append(self, entry: dict[str, Any]) -> None:
-        with open(self.folder / JOURNAL, "ab") as journal:
-            journal.write(self._line(entry))
-            journal.flush()
-            os.fsync(journal.fileno())
+        assert self._journal is not None
+        self._journal.append(entry)
 
 
-def _lock(folder: Path) -> Path:
-    """Take the folder for this process; a lock whose process is dead is taken over."""
-    path = folder / LOCK
-    for _ in range(2):
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            if _holder_is_alive(path):
-                break
-            path.unlink(missing_ok=True)
-            continue
-        os.write(handle, dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-        os.close(handle)
-        return path
-    raise StoreError(
-        message(
-            f"{folder} is being recorded into by another recorder",
-            got=f"lock {path}: {path.read_text() if path.exists() else 'taken'}",
-            remedy="record into another folder; if no recorder runs, delete the lock file",
-        )
-    )
-
-
-def _holder_is_alive(path: Path) -> bool:
-    try:
-        holder = loads(path.read_bytes())
-        if holder["host"] != socket.gethostname():
-            return True
-        os.kill(holder["pid"], 0)
-    except (ProcessLookupError, FileNotFoundError):
-        return False
-    except (ValueError, KeyError):
-        return False  # killed between creating and filling the lock
-    except PermissionError:
-        return True
-    return True
+def _checkpoint_name(state: State) -> str:
+    return f"checkpoints/{state.step:08d}.safetensors"
