@@ -92,6 +92,24 @@ def test_attribute_shows_and_saves_what_the_library_computes(trained: Path, fold
             ]
 
 
+def test_validate_puts_saved_scores_to_the_proof(trained: Path, folder: Path) -> None:
+    printed = run("attribute", str(trained), "-t", TASK, "--no-check", "--out", "s").output
+    assert f"next: hydragrad validate {trained} --task {TASK} --scores s" in printed
+    common = ("validate", str(trained), "-t", TASK, "-s", "s", "--resume", "kept")
+    printed = run(*common, "-n", "4", "--seed", "2", "--out", "proof", "--plot", "proof.png").output
+    saved = hg.Validation.load("proof")
+    assert printed.index("plan: 5 retrainings") < printed.index("exact scores put to the proof by leaving one out")
+    assert str(saved) in printed
+    assert Path("proof.png").stat().st_size > 1000
+    from hydragrad.tasks.naming import resolve_task
+
+    task = resolve_task(TASK)
+    expected = hg.validate(task.load(trained), hg.Attribution.load("s"), task.test, n=4, seed=2, progress=False)
+    assert torch.equal(saved.actual, expected.actual)
+    assert "(5 of them kept from before)" in run(*common, "-n", "4", "--seed", "2").output
+    assert "helpful" in run(*common, "--metric", "remove", "-n", "1").output
+
+
 def test_without_a_query_the_whole_test_set_is_shown(trained: Path) -> None:
     printed = run("attribute", str(trained), "-t", TASK, "-m", "hessian-free", "--no-check", "--out", "s").output
     mean = hg.Attribution.load("s").values.mean(1)
@@ -117,6 +135,7 @@ def test_the_memory_budget_is_heeded(trained: Path) -> None:
         (("verify", "RUN", "--task", "small_tasks.py:wider"), "shape of parameter '0.weight' differs"),
         (("attribute", "RUN", "--task", "small_tasks.py:squared"), "gradient"),
         (("attribute", "RUN", "--task", "digits"), "parameters are not the recorded ones"),
+        (("validate", "RUN", "--task", TASK, "--scores", "no-scores"), "StoreError: cannot read no-scores"),
         (("attribute", "elsewhere", "--task", TASK), "StoreError: no recorded run in elsewhere"),
         (("train", "small_tasks.py:eleven", "--out", "x"), "eleven is not a task"),
     ],
@@ -135,6 +154,9 @@ def test_refusals_are_a_message_and_exit_code_1(trained: Path, arguments: tuple[
         (("attribute", "RUN", "-t", TASK, "--out", "."), "name a file"),
         (("attribute", "RUN", "-t", TASK, "--method", "guess"), "gauss-newton"),
         (("attribute", "RUN"), "--task"),
+        (("validate", "RUN", "-t", TASK, "--scores", "s", "--out", "."), "name a file"),
+        (("validate", "RUN", "-t", TASK, "--scores", "s", "--plot", "."), "name a file"),
+        (("validate", "RUN", "-t", TASK, "--scores", "s", "--metric", "lds"), "subset"),
         (("train", TASK), "--out"),
         (("frobnicate",), "frobnicate"),
     ],
@@ -147,6 +169,7 @@ def test_wrong_usage_is_exit_code_2_before_any_work(
 
     monkeypatch.setattr("hydragrad.commands.app.attribute_run", never)
     monkeypatch.setattr("hydragrad.commands.app.plan", never)
+    monkeypatch.setattr("hydragrad.commands.proving.validate_scores", never)
     result = run(*(str(trained) if word == "RUN" else word for word in arguments), code=2)
     assert words in result.output
 
@@ -163,7 +186,7 @@ def test_errors_in_the_library_itself_keep_their_traceback(trained: Path, monkey
 def test_version_and_help() -> None:
     assert run("--version").output.strip() == f"hydragrad {hg.__version__}"
     assert "hydragrad train digits --out runs/digits" in run("--help").output
-    for command in ("demo", "train", "attribute", "verify"):
+    for command in ("demo", "train", "attribute", "validate", "verify"):
         assert f"hydragrad {command}" in run(command, "--help").output, "each help has an example"
 
 

@@ -8,11 +8,14 @@ from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import HydragradError, MismatchError, NonFiniteError, StoreError, UnsupportedError
 from hydragrad.planning import Plan, plan
 from hydragrad.problem import Problem, Reduction
+from hydragrad.retraining.planning import RetrainingPlan
 from hydragrad.run import Run, load
 from hydragrad.tasks.task import Task
 from hydragrad.tasks.training import train
 from hydragrad.trajectory.recording import Recording, record
 from hydragrad.trajectory.state import State
+from hydragrad.validating import validate
+from hydragrad.validation import Validation
 from hydragrad.vectors import Hypergradients, hypergradients
 from hydragrad.verification import Verification, verify
 
@@ -27,11 +30,13 @@ __all__ = [
     "Problem",
     "Recording",
     "Reduction",
+    "RetrainingPlan",
     "Run",
     "State",
     "StoreError",
     "Task",
     "UnsupportedError",
+    "Validation",
     "Verification",
     "attribute",
     "hypergradients",
@@ -39,5 +44,6 @@ __all__ = [
     "plan",
     "record",
     "train",
+    "validate",
     "verify",
 ]
