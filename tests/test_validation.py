@@ -295,16 +295,29 @@ def test_diverged_retrainings_are_left_out_and_told(run: hg.Run, scores: hg.Attr
     broken = replace(found, actual=found.actual.clone())
     broken.actual[1, 0] = torch.nan
     others = [0, 2, 3, 4]
-    whole = replace(found, predicted=found.predicted[others], actual=found.actual[others])
+    whole = cut(found, found.predicted[others], found.actual[others])
     assert broken.correlation == whole.correlation
     assert broken.relative_error == whole.relative_error
     assert "1 retraining(s) diverged" in str(broken)
 
 
+def cut(found: hg.Validation, predicted: Tensor, actual: Tensor) -> hg.Validation:
+    """The validation with other numbers, [n, M]."""
+    n, M = actual.shape
+    accuracy = torch.full((n,), torch.nan, dtype=torch.float64)
+    return replace(
+        found,
+        predicted=predicted,
+        actual=actual,
+        items=(found.items * 10)[:n],
+        accuracy=accuracy,
+        before=found.before[:M],
+        query_ids=found.query_ids[:M],
+    )
+
+
 def words_of(predicted: Tensor, actual: Tensor, found: hg.Validation) -> str:
-    items = (found.items * 10)[: len(actual)]
-    accuracy = torch.full((len(actual),), torch.nan, dtype=torch.float64)
-    return str(replace(found, predicted=predicted, actual=actual, items=items, accuracy=accuracy))
+    return str(cut(found, predicted, actual))
 
 
 def test_words_follow_the_numbers(run: hg.Run, scores: hg.Attribution) -> None:

@@ -10,6 +10,8 @@ from hydragrad.planning import Plan, plan
 from hydragrad.problem import Problem, Reduction
 from hydragrad.retraining.planning import RetrainingPlan
 from hydragrad.run import Run, load
+from hydragrad.suspecting import mislabels
+from hydragrad.suspects import Suspect, Suspects
 from hydragrad.tasks.task import Task
 from hydragrad.tasks.training import train
 from hydragrad.trajectory.recording import Recording, record
@@ -34,6 +36,8 @@ __all__ = [
     "Run",
     "State",
     "StoreError",
+    "Suspect",
+    "Suspects",
     "Task",
     "UnsupportedError",
     "Validation",
@@ -41,6 +45,7 @@ __all__ = [
     "attribute",
     "hypergradients",
     "load",
+    "mislabels",
     "plan",
     "record",
     "train",

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from hydragrad.retraining.measuring import Outcome, Question, Retrainer
 from hydragrad.retraining.planning import RetrainingPlan, plan_changes
 from hydragrad.retraining.pool import default_threads, outcomes, workers
 from hydragrad.run import Run
+from hydragrad.suspecting import mislabels
 from hydragrad.validation import Validation
 
 
@@ -30,13 +31,13 @@ def validate(
     scores: Attribution,
     queries: Any,
     *,
-    metric: Literal["loo", "subset", "remove", "relabel"] = "loo",
+    metric: str = "loo",
     n: int | None = None,
-    fraction: float = 0.1,
-    choice: Literal["uniform", "stratified"] = "uniform",
-    sizes: Sequence[float] = SIZES,
+    fraction: int | float = 0.1,
+    choice: str = "uniform",
+    sizes: Sequence[int | float] = SIZES,
     targets: Sequence[int] | None = None,
-    weight: float = 0.0,
+    weight: int | float = 0.0,
     labels: Mapping[int, Any] | None = None,
     relabel: Relabel = with_label,
     measurement: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -62,9 +63,9 @@ def validate(
     - "subset": ``n`` (50) random subsets of a ``fraction`` of the rows: the linear datamodeling score (LDS);
     - "remove": for the mean query, or each query id of ``targets``, the most helpful and the most harmful rows, at
       several ``sizes`` (fractions or numbers of rows), against ``n`` (3) random draws; their losses get ``weight``;
-    - "relabel": one example at a time with another label: ``labels`` {id: label or new sample};
-      ``relabel(sample, label) -> sample`` for other samples than (input, label). Predicted is the removal of the
-      example: scores know no labels.
+    - "relabel": one example at a time with another label: ``labels`` {id: label or new sample}, by default the ``n``
+      (20) worst suspects of ``mislabels`` with the labels it suggests; ``relabel(sample, label) -> sample`` for other
+      samples than (input, label). Predicted is the removal of the example: scores know nothing of other labels.
 
     ``queries``, ``measurement``, ``aggregate``, ``groups``, ``step``: as they were given to ``attribute``;
     ``accuracy(model, batch) -> [m]`` of 0 and 1 is followed beside them. ``jobs``: retrainings side by side through
@@ -220,4 +221,6 @@ def _refuse_groups(groups: Any) -> None:
 
 
 def _suspects(run: Run, n: int, relabel: Relabel) -> dict[int, int]:
-    raise MismatchError(message("nothing to relabel", expected="labels={id: label or sample}", got="labels=None"))
+    found = mislabels(run, relabel=relabel, progress=False)
+    chosen = {row.id: row.suggested for row in found.top(len(found)) if row.suggested not in (None, row.label)}
+    return dict(list(chosen.items())[:n])  # type: ignore[arg-type]

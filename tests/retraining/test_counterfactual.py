@@ -7,9 +7,9 @@ import torch
 from torch.utils.data import DataLoader
 
 import hydragrad as hg
-from hydragrad.report.retraining import mean_training_losses
 from hydragrad.retraining.counterfactual import Change, first_replayed, retrained
 from hydragrad.retraining.measuring import losses_at
+from hydragrad.signals.along import mean_losses
 from tests.retraining.by_hand import test_losses, trained_again
 from tests.tasks.small import make_task
 from tests.tolerances import UPDATE, assert_close
@@ -121,7 +121,7 @@ def test_training_losses_are_averaged_over_the_stored_states_but_the_first(run: 
         model.load_state_dict(run.trajectory.state(step).params)
         with torch.no_grad():
             total += losses(model, task.train.tensors)
-    assert_close(mean_training_losses(run), total / 3, UPDATE)
+    assert_close(mean_losses(run), total / 3, UPDATE)
     assert_close(
         losses_at(run, run.trajectory.state(10), task.test).double(), test_losses(task, model), {torch.float64: 1e-6}
     )

@@ -12,6 +12,7 @@ from hydragrad.attribution import Attribution
 from hydragrad.commands.console import Refusing, console, interactive, say
 from hydragrad.commands.options import RunFolder, TaskName, TaskOption, file_to_write
 from hydragrad.commands.proving import validate
+from hydragrad.commands.suspicion import mislabels
 from hydragrad.planning import plan
 from hydragrad.report.tables import ranking_table
 from hydragrad.retraining.measuring import losses_at
@@ -61,6 +62,7 @@ def hydragrad_command(
         hydragrad verify runs/digits --task digits
         hydragrad attribute runs/digits --task digits --query 3 --top 10 --out scores.safetensors
         hydragrad validate runs/digits --task digits --scores scores.safetensors
+        hydragrad mislabels runs/digits --task digits
 
     A training loop of your own is recorded from Python: see hydragrad.record.
     """
@@ -204,3 +206,4 @@ def _show(scores: Attribution, task: Task, run: Run, queries: list[int], top: in
 
 
 app.command()(validate)
+app.command()(mislabels)

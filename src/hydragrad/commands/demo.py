@@ -15,10 +15,10 @@ from hydragrad.errors import HydragradError
 from hydragrad.labels import label_of
 from hydragrad.report.measures import Found, mean_spearman, precision_recall
 from hydragrad.report.pictures import Tile, draw_evidence
-from hydragrad.report.retraining import mean_training_losses
 from hydragrad.report.tables import plain_table
 from hydragrad.retraining.measuring import losses_at
 from hydragrad.run import Run
+from hydragrad.signals.along import mean_losses
 from hydragrad.tasks.task import Task
 from hydragrad.tasks.training import loader_of, train
 from hydragrad.validating import validate
@@ -148,7 +148,7 @@ def _flipped_found(run: Run, task: Task, exact: Attribution) -> tuple[Found, Fou
     """Among the first tenth of the training examples: by their own loss along the run, and by harm to the test set."""
     assert task.flipped_ids is not None
     first = max(1, round(len(task.train) / 10))
-    by_loss = precision_recall(mean_training_losses(run), task.flipped_ids, first)
+    by_loss = precision_recall(mean_losses(run), task.flipped_ids, first)
     return by_loss, precision_recall(-exact.values.sum(1), task.flipped_ids, first)
 
 
@@ -212,4 +212,6 @@ def _tell(result: DemoResult, out: Path, task: Task, removed: int) -> None:
         "next, prove the scores (retrains again, and keeps what is done if you stop it):",
         f"  hydragrad validate {out / 'run'} --task {task.name} --scores {out / 'scores.safetensors'} "
         f"--metric remove --jobs -1 --resume {out / 'retrained'}",
+        "and find the wrong labels, with suggestions of the right ones:",
+        f"  hydragrad mislabels {out / 'run'} --task {task.name}",
     )
