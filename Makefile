@@ -57,6 +57,7 @@ endif
 paper: $(VENV)/.dev  ## run the studies behind the tables in the documentation
 	$(BIN)/python -m experiments.approximation
 	$(BIN)/python -m experiments.ladder
+	$(BIN)/python -m experiments.mislabels
 
 format: $(VENV)/.dev  ## mend the style
 	$(BIN)/ruff check --fix .

@@ -16,8 +16,6 @@ import torch
 from torch import nn
 
 import hydragrad as hg
-from hydragrad.report.measures import mean_spearman
-from hydragrad.report.retraining import leave_one_out
 from hydragrad.tasks.digits import digits
 
 METHODS = ("exact", "gauss-newton", "hessian-free")
@@ -45,16 +43,15 @@ def rows(removed: int, queries: int) -> list[dict[str, Any]]:
     for name, task in settings(queries).items():
         with tempfile.TemporaryDirectory() as folder:
             run = hg.train(task, Path(folder) / "run")
-            ids = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(SEED))[:removed]
-            measured = leave_one_out(run, ids, task.test, progress=True)
             for method in METHODS:
                 scores = hg.attribute(run, task.test, method=method, compile=False)
+                proof = hg.validate(run, scores, task.test, n=removed, seed=SEED, resume=Path(folder) / "kept")
                 about = scores.diagnostics
                 found.append(
                     {
                         "setting": name,
                         "method": method,
-                        "leave_one_out": mean_spearman(scores.values[ids].double(), measured),
+                        "leave_one_out": proof.correlation.mean,
                         "verdict": about.verdict,
                         "ladder": [(rung.step, rung.error, rung.correlation) for rung in about.ladder],
                         "growth": about.growth,

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import hydragrad as hg
 from experiments.approximation import relu_network
-from hydragrad.report.retraining import losses_at
+from hydragrad.retraining.measuring import losses_at
 from hydragrad.tasks.digits import digits
 
 STEPS = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

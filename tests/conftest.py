@@ -22,6 +22,10 @@ CHECKED_MODULES = [
     "hydragrad.run",
     "hydragrad.problem",
     "hydragrad.planning",
+    "hydragrad.validating",
+    "hydragrad.validation",
+    "hydragrad.suspecting",
+    "hydragrad.suspects",
 ]
 install_import_hook(CHECKED_MODULES, "beartype.beartype")
 

@@ -92,6 +92,60 @@ def test_attribute_shows_and_saves_what_the_library_computes(trained: Path, fold
             ]
 
 
+def test_validate_puts_saved_scores_to_the_proof(trained: Path, folder: Path) -> None:
+    printed = run("attribute", str(trained), "-t", TASK, "--no-check", "--out", "s").output
+    assert f"next: hydragrad validate {trained} --task {TASK} --scores s" in printed
+    common = ("validate", str(trained), "-t", TASK, "-s", "s", "--resume", "kept")
+    printed = run(*common, "-n", "4", "--seed", "2", "--out", "proof", "--plot", "proof.png").output
+    saved = hg.Validation.load("proof")
+    assert printed.index("plan: 5 retrainings") < printed.index("exact scores put to the proof by leaving one out")
+    assert str(saved) in printed
+    assert Path("proof.png").stat().st_size > 1000
+    from hydragrad.tasks.naming import resolve_task
+
+    task = resolve_task(TASK)
+    expected = hg.validate(task.load(trained), hg.Attribution.load("s"), task.test, n=4, seed=2, progress=False)
+    assert torch.equal(saved.actual, expected.actual)
+    assert "(5 of them kept from before)" in run(*common, "-n", "4", "--seed", "2").output
+    assert "helpful" in run(*common, "--metric", "remove", "-n", "1").output
+
+
+def test_mislabels_shows_and_saves_what_the_library_finds(trained: Path, folder: Path) -> None:
+    from hydragrad.tasks.naming import resolve_task
+
+    printed = run("mislabels", str(trained), "-t", TASK, "--top", "3", "--out", "new/suspects.csv").output
+    found = hg.mislabels(resolve_task(TASK).load(trained), progress=False)
+    rows = [line.strip("│ ").split("│") for line in printed.splitlines() if line.startswith("│")]
+    for cells, row in zip(rows, found.top(3), strict=True):
+        better = "" if row.suggested == row.label else str(row.suggested)
+        assert [cell.strip() for cell in cells] == [
+            str(row.id), f"{row.score:.4g}", str(row.label), better, f"{row.confidence:.2f}"
+        ]  # fmt: skip
+    assert f"for {int(found.flagged.sum())} of 20 another label fits better" in printed
+    saved = Path("new/suspects.csv").read_text().splitlines()
+    assert saved[0] == "id,score,label,suggested,confidence," + ",".join(f"signal_{name}" for name in found.signals)
+    assert [int(line.split(",")[0]) for line in saved[1:]] == found.ids.tolist()
+    assert float(saved[1].split(",")[1]) == found.top(1)[0].score
+    by_class = run("mislabels", str(trained), "-t", TASK, "--signal", "harm").output
+    assert "the most suspicious first, by harm" in by_class
+
+
+def test_known_wrong_labels_are_counted(folder: Path) -> None:
+    from hydragrad.tasks.digits import digits
+
+    task = digits(flipped=0.1, train_size=120, test_size=10, epochs=20, batch_size=16)
+    Path("flipped.py").write_text(
+        "from hydragrad.tasks.digits import digits\n"
+        "task = digits(flipped=0.1, train_size=120, test_size=10, epochs=20, batch_size=16)\n"
+    )
+    found = hg.mislabels(hg.train(task, "runs/flipped"), progress=False)
+    hits = len(set(found.ids[:12].tolist()) & set(task.flipped_ids.tolist()))  # type: ignore[union-attr]
+    assert hits >= 6
+    printed = run("mislabels", "runs/flipped", "-t", "flipped.py:task").output
+    assert f"known wrong labels: 12; among the first 12 suspects {hits / 12:.1%} of them" in printed
+    assert "true label" in printed
+
+
 def test_without_a_query_the_whole_test_set_is_shown(trained: Path) -> None:
     printed = run("attribute", str(trained), "-t", TASK, "-m", "hessian-free", "--no-check", "--out", "s").output
     mean = hg.Attribution.load("s").values.mean(1)
@@ -128,6 +182,7 @@ def test_attribute_goes_on_in_a_folder_and_refuses_another_question(trained: Pat
         (("verify", "RUN", "--task", "small_tasks.py:wider"), "shape of parameter '0.weight' differs"),
         (("attribute", "RUN", "--task", "small_tasks.py:squared"), "gradient"),
         (("attribute", "RUN", "--task", "digits"), "parameters are not the recorded ones"),
+        (("validate", "RUN", "--task", TASK, "--scores", "no-scores"), "StoreError: cannot read no-scores"),
         (("attribute", "elsewhere", "--task", TASK), "StoreError: no recorded run in elsewhere"),
         (("train", "small_tasks.py:eleven", "--out", "x"), "eleven is not a task"),
     ],
@@ -146,6 +201,11 @@ def test_refusals_are_a_message_and_exit_code_1(trained: Path, arguments: tuple[
         (("attribute", "RUN", "-t", TASK, "--out", "."), "name a file"),
         (("attribute", "RUN", "-t", TASK, "--method", "guess"), "gauss-newton"),
         (("attribute", "RUN"), "--task"),
+        (("mislabels", "RUN", "-t", TASK, "--out", "."), "name a file"),
+        (("mislabels", "RUN", "-t", TASK, "--signal", "vibes"), "el2n"),
+        (("validate", "RUN", "-t", TASK, "--scores", "s", "--out", "."), "name a file"),
+        (("validate", "RUN", "-t", TASK, "--scores", "s", "--plot", "."), "name a file"),
+        (("validate", "RUN", "-t", TASK, "--scores", "s", "--metric", "lds"), "subset"),
         (("train", TASK), "--out"),
         (("frobnicate",), "frobnicate"),
     ],
@@ -158,6 +218,8 @@ def test_wrong_usage_is_exit_code_2_before_any_work(
 
     monkeypatch.setattr("hydragrad.commands.app.attribute_run", never)
     monkeypatch.setattr("hydragrad.commands.app.plan", never)
+    monkeypatch.setattr("hydragrad.commands.proving.validate_scores", never)
+    monkeypatch.setattr("hydragrad.commands.suspicion.find_mislabels", never)
     result = run(*(str(trained) if word == "RUN" else word for word in arguments), code=2)
     assert words in result.output
 
@@ -174,7 +236,7 @@ def test_errors_in_the_library_itself_keep_their_traceback(trained: Path, monkey
 def test_version_and_help() -> None:
     assert run("--version").output.strip() == f"hydragrad {hg.__version__}"
     assert "hydragrad train digits --out runs/digits" in run("--help").output
-    for command in ("demo", "train", "attribute", "verify"):
+    for command in ("demo", "train", "attribute", "validate", "mislabels", "verify"):
         assert f"hydragrad {command}" in run(command, "--help").output, "each help has an example"
 
 

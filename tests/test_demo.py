@@ -87,5 +87,6 @@ def test_the_command_prints_table_words_and_places(tmp_path: Path, monkeypatch: 
         assert words in done.output
     assert "disagrees" not in done.output, "every engine that was tried computes the same"
     assert "the picture: pictures/demo.png" in done.output
+    assert "hydragrad validate pictures/run --task digits-flipped --scores pictures/scores.safetensors" in done.output
     assert Path("pictures/demo.png").is_file()
     assert Path("pictures/scores.safetensors").is_file()

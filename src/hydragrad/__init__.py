@@ -9,11 +9,16 @@ from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import HydragradError, MismatchError, NonFiniteError, StoreError, UnsupportedError
 from hydragrad.planning import Plan, plan
 from hydragrad.problem import Problem, Reduction
+from hydragrad.retraining.planning import RetrainingPlan
 from hydragrad.run import Run, load
+from hydragrad.suspecting import mislabels
+from hydragrad.suspects import Suspect, Suspects
 from hydragrad.tasks.task import Task
 from hydragrad.tasks.training import train
 from hydragrad.trajectory.recording import Recording, record
 from hydragrad.trajectory.state import State
+from hydragrad.validating import validate
+from hydragrad.validation import Validation
 from hydragrad.vectors import Hypergradients, hypergradients
 from hydragrad.verification import Verification, verify
 
@@ -28,18 +33,24 @@ __all__ = [
     "Problem",
     "Recording",
     "Reduction",
+    "RetrainingPlan",
     "Run",
     "State",
     "StoreError",
+    "Suspect",
+    "Suspects",
     "Task",
     "UnsupportedError",
+    "Validation",
     "Verification",
     "attribute",
     "baselines",
     "hypergradients",
     "load",
+    "mislabels",
     "plan",
     "record",
     "train",
+    "validate",
     "verify",
 ]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from hydragrad.attribution import Attribution
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, NonFiniteError, StoreError, UnsupportedError, message
-from hydragrad.files import dumps, loads, reserve, sha256, write_atomically, writing
+from hydragrad.files import dumps, loads, reserve, write_atomically, writing
 from hydragrad.hypergradient.engines import check_method
 from hydragrad.hypergradient.finite import FirstBad
 from hydragrad.hypergradient.forward import Tangents, forward_sweep
@@ -24,6 +24,7 @@ from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.planning import Plan, plan_sweep
 from hydragrad.run import Run, kept_random_state
 from hydragrad.shapes import Float, Int
+from hydragrad.trajectory.identity import identity
 from hydragrad.trajectory.moments import forwards
 
 _ABOUT, _VECTORS, _BUFFERS = "hypergradients.json", "vectors.bin", "buffers.bin"
@@ -108,8 +109,9 @@ class Hypergradients:
             expected = math.prod(shape) * dtype.itemsize
             if about["format"] != _FORMAT or sizes[name] != expected:
                 raise StoreError(message(f"{folder / name} is damaged", expected=f"{expected} bytes", got=sizes[name]))
-        if about["run"] != _identity(run):
-            raise MismatchError(message(f"{folder} belongs to another run", expected=about["run"], got=_identity(run)))
+        given = identity(run.steps)
+        if about["run"] != given:
+            raise MismatchError(message(f"{folder} belongs to another run", expected=about["run"], got=given))
         vectors, buffers = (
             _mapped(folder / name, shape, dtype) if shape[1] else torch.empty(shape, dtype=dtype)
             for name, shape in shapes.items()
@@ -173,7 +175,7 @@ def hypergradients(
             "examples": ids.tolist(),
             "method": method,
             "step": sweep.stop,
-            "run": _identity(run),
+            "run": identity(run.steps),
             "diagnostics": diagnostics.to_dict(),
         }
         write_atomically(Path(path) / _ABOUT, dumps(about).encode())
@@ -243,9 +245,3 @@ def _allocate(path: str | Path | None, name: str, shape: tuple[int, int], dtype:
 
 def _mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-
-
-def _identity(run: Run) -> str:
-    """What tells one recorded run from another: its gradients."""
-    gradients = torch.stack([record.fingerprint for record in run.steps]).to("cpu", torch.float64)
-    return sha256(gradients.numpy().tobytes())

@@ -10,9 +10,12 @@ import hydragrad
 from hydragrad.attributing import attribute as attribute_run
 from hydragrad.attribution import Attribution
 from hydragrad.commands.console import Refusing, console, interactive, say
+from hydragrad.commands.options import RunFolder, TaskName, TaskOption, file_to_write
+from hydragrad.commands.proving import validate
+from hydragrad.commands.suspicion import mislabels
 from hydragrad.planning import plan
-from hydragrad.report.retraining import losses_at
 from hydragrad.report.tables import ranking_table
+from hydragrad.retraining.measuring import losses_at
 from hydragrad.run import Run
 from hydragrad.tasks.naming import resolve_task
 from hydragrad.tasks.task import Task
@@ -27,14 +30,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-TASK = (
-    "What was trained: a ready task (digits, digits-flipped), module:object, or path/to/file.py:object, where the "
-    "object is a hydragrad.Task or a function without arguments that returns one."
-)
-TaskName = Annotated[str, typer.Argument(help=TASK, show_default=False)]
-TaskOption = Annotated[str, typer.Option("--task", "-t", help=TASK, show_default=False)]
-RunFolder = Annotated[Path, typer.Argument(help="The folder of the recorded run.", show_default=False)]
 
 
 class Method(StrEnum):
@@ -65,7 +60,9 @@ def hydragrad_command(
 
         hydragrad train digits --out runs/digits
         hydragrad verify runs/digits --task digits
-        hydragrad attribute runs/digits --task digits --query 3 --top 10
+        hydragrad attribute runs/digits --task digits --query 3 --top 10 --out scores.safetensors
+        hydragrad validate runs/digits --task digits --scores scores.safetensors
+        hydragrad mislabels runs/digits --task digits
 
     A training loop of your own is recorded from Python: see hydragrad.record.
     """
@@ -189,7 +186,10 @@ def attribute(
     say("", str(scores.diagnostics), "")
     _show(scores, chosen, bound, query or [], top)
     if out is not None:
-        say(f"saved {' x '.join(map(str, scores.values.shape))} scores: {scores.save(out)}")
+        say(
+            f"saved {' x '.join(map(str, scores.values.shape))} scores: {scores.save(out)}",
+            f"next: hydragrad validate {run} --task {task} --scores {out}",
+        )
 
 
 def _check_places(task: Task, queries: list[int], out: Path | None) -> None:
@@ -197,8 +197,7 @@ def _check_places(task: Task, queries: list[int], out: Path | None) -> None:
     for query in queries:
         if not 0 <= query < len(task.test):
             raise typer.BadParameter(f"{query} is no test example: 0 to {len(task.test) - 1}", param_hint="--query")
-    if out is not None and out.is_dir():
-        raise typer.BadParameter(f"{out} is a folder; name a file", param_hint="--out")
+    file_to_write(out, "--out")
 
 
 def _show(scores: Attribution, task: Task, run: Run, queries: list[int], top: int) -> None:
@@ -216,3 +215,7 @@ def _show(scores: Attribution, task: Task, run: Run, queries: list[int], top: in
         for title, largest in (("Helped most", True), ("Harmed most", False)):
             say(f"{title}: {words}")
             console.print(ranking_table(view.top(query, top, largest=largest), run.problem.data, task.true_labels))
+
+
+app.command()(validate)
+app.command()(mislabels)

@@ -7,19 +7,22 @@ from pathlib import Path
 from typing import final
 
 import torch
-from torch import Tensor
 
 from hydragrad.attributing import attribute
 from hydragrad.attribution import Attribution, Ranked
 from hydragrad.commands.console import console, interactive, say
 from hydragrad.errors import HydragradError
+from hydragrad.labels import label_of
 from hydragrad.report.measures import Found, mean_spearman, precision_recall
 from hydragrad.report.pictures import Tile, draw_evidence
-from hydragrad.report.retraining import leave_one_out, losses_at, mean_training_losses
-from hydragrad.report.tables import label_of, plain_table
+from hydragrad.report.tables import plain_table
+from hydragrad.retraining.measuring import losses_at
 from hydragrad.run import Run
+from hydragrad.signals.along import mean_losses
 from hydragrad.tasks.task import Task
 from hydragrad.tasks.training import loader_of, train
+from hydragrad.validating import validate
+from hydragrad.validation import Validation
 from hydragrad.verification import verify
 
 METHODS = ("exact", "gauss-newton", "hessian-free")
@@ -93,11 +96,8 @@ def _run(out: Path, task: Task, removed: int) -> DemoResult:
         scores[method] = _attributed(run, task, method)
         plain.append(plain_training_seconds(task))  # again, between the methods: other programs come and go
     say(f"retraining {removed} times, each time without one example (seed {REMOVED_SEED})")
-    ids = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(REMOVED_SEED))[:removed]
-    changes = leave_one_out(run, ids, task.test, progress=interactive())
-    results = tuple(
-        _compared(scores[method], scores["exact"], ids, changes, statistics.median(plain)) for method in METHODS
-    )
+    proof = validate(run, scores["exact"], task.test, n=removed, seed=REMOVED_SEED, progress=interactive())
+    results = tuple(_compared(scores[method], scores["exact"], proof, statistics.median(plain)) for method in METHODS)
     by_loss, by_harm = _flipped_found(run, task, scores["exact"])
     query, picture = _draw(out / "demo.png", run, task, scores["exact"])
     scores["exact"].save(out / "scores.safetensors")
@@ -132,14 +132,14 @@ def _attributed(run: Run, task: Task, method: str) -> Attribution:
     return scores
 
 
-def _compared(scores: Attribution, exact: Attribution, ids: Tensor, changes: Tensor, plain: float) -> MethodResult:
-    about = scores.diagnostics
+def _compared(scores: Attribution, exact: Attribution, proof: Validation, plain: float) -> MethodResult:
+    about, removed = scores.diagnostics, [item.ids[0] for item in proof.items]
     return MethodResult(
         method=scores.method,
         time=(about.seconds - about.check_seconds) / plain,
         check=about.check_seconds / plain,
         agreement=mean_spearman(scores.values, exact.values),
-        leave_one_out=mean_spearman(scores.values[ids], changes),
+        leave_one_out=mean_spearman(scores.values[removed], proof.actual),
         verdict=about.verdict,
     )
 
@@ -148,7 +148,7 @@ def _flipped_found(run: Run, task: Task, exact: Attribution) -> tuple[Found, Fou
     """Among the first tenth of the training examples: by their own loss along the run, and by harm to the test set."""
     assert task.flipped_ids is not None
     first = max(1, round(len(task.train) / 10))
-    by_loss = precision_recall(mean_training_losses(run), task.flipped_ids, first)
+    by_loss = precision_recall(mean_losses(run), task.flipped_ids, first)
     return by_loss, precision_recall(-exact.values.sum(1), task.flipped_ids, first)
 
 
@@ -208,4 +208,10 @@ def _tell(result: DemoResult, out: Path, task: Task, removed: int) -> None:
         f"the picture: {result.picture} (the misclassified test image with the largest loss: {result.query})",
         f"the scores:  {out / 'scores.safetensors'}",
         f"{result.seconds:.0f} s in all",
+        "",
+        "next, prove the scores (retrains again, and keeps what is done if you stop it):",
+        f"  hydragrad validate {out / 'run'} --task {task.name} --scores {out / 'scores.safetensors'} "
+        f"--metric remove --jobs -1 --resume {out / 'retrained'}",
+        "and find the wrong labels, with suggestions of the right ones:",
+        f"  hydragrad mislabels {out / 'run'} --task {task.name}",
     )

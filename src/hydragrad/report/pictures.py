@@ -1,6 +1,6 @@
 """Pictures of an answer: one query and the training images that made it so."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -41,10 +41,8 @@ def draw_evidence(
     Images are [h, w] or [h, w, 3]. Wrong labels are drawn in red, with the true one. Raises UnsupportedError without
     matplotlib. Example: ``draw_evidence("why.png", image, ["label 3", "predicted 5"], helpful, harmful)``.
     """
-    figure_class, canvas_class = _matplotlib()
     width = LEFT + CELL * max(len(helpful), len(harmful), 1) + 0.12
-    figure = figure_class(figsize=(width, HEIGHT), facecolor="white")
-    canvas_class(figure)  # no screen and no global state
+    figure, save = figure_on_file(width, HEIGHT)
     page = _Page(figure, width)
     page.words(0.2, 0.3, title, fontsize=14, weight="bold", color=INK)
     _draw_query(page, query, caption)
@@ -57,10 +55,22 @@ def draw_evidence(
             _draw_tile(page.square(LEFT + column * CELL, top + 0.45, TILE), tile, colour)
     if any(tile.true is not None for tile in (*helpful, *harmful)):
         page.words(LEFT, HEIGHT - 0.2, "red: trained with a wrong label", fontsize=9.5, color=WRONG)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi, metadata={"Software": None})  # the same picture, the same bytes
-    return path
+    return save(path, dpi)
+
+
+def figure_on_file(width: float, height: float) -> tuple[Any, Callable[[str | Path, int], Path]]:
+    """An empty figure of this size in inches, and what writes it: no screen and no global state."""
+    figure_class, canvas_class = _matplotlib()
+    figure = figure_class(figsize=(width, height), facecolor="white")
+    canvas_class(figure)
+
+    def save(path: str | Path, dpi: int) -> Path:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=dpi, metadata={"Software": None})  # the same picture, the same bytes
+        return path
+
+    return figure, save
 
 
 @final

@@ -7,6 +7,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hydragrad.attribution import Ranked
+from hydragrad.labels import label_of
 
 
 def ranking_table(ranked: Sequence[Ranked], data: Any, true_labels: Tensor | None = None) -> Table:
@@ -38,14 +39,3 @@ def plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def label_of(data: Any, place: int) -> int | None:
-    """The last part of a sample if it is one integer, as in (image, label); else None."""
-    sample = data[place]
-    if not isinstance(sample, tuple | list) or len(sample) < 2:
-        return None
-    label = sample[-1]
-    if isinstance(label, Tensor) and label.numel() == 1 and not label.is_floating_point():
-        return int(label)
-    return label if isinstance(label, int) else None

@@ -60,6 +60,7 @@ def digits(
         batch_size=batch_size,
         epochs=epochs,
         seed=seed,
+        accuracy=rightness,
         true_labels=true,
         flipped_ids=flipped_ids,
     )
@@ -81,6 +82,12 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     """Per-example cross entropy of (images, labels), [b]."""
     images, labels = batch
     return F.cross_entropy(model(images), labels, reduction="none")
+
+
+def rightness(model: nn.Module, batch: Any) -> Tensor:
+    """1 where the most likely class of (images, labels) is the label, else 0, [b]."""
+    images, labels = batch
+    return (model(images).argmax(1) == labels).to(images.dtype)
 
 
 def flip_labels(labels: Tensor, fraction: float, classes: int, seed: int) -> tuple[Tensor, Tensor]:

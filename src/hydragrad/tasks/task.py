@@ -23,7 +23,8 @@ class Task:
     ``model() -> nn.Module`` is called under ``seed``, which also shuffles the batches; ``loss(model, batch) -> [b]``;
     ``train`` and ``test``: data sets (``__len__``, ``__getitem__``); ``optimizer(model) -> Optimizer``;
     ``scheduler(optimizer) -> LRScheduler``, stepped once an epoch; ``reduction``: "mean", "sum" or (batch, shape) ->
-    coefficients. Where labels were spoilt on purpose: ``true_labels`` [N] and ``flipped_ids``, for evaluation only.
+    coefficients; ``accuracy(model, batch) -> [b]`` of 0 and 1, for classifiers. Where labels were spoilt on purpose:
+    ``true_labels`` [N] and ``flipped_ids``, for evaluation only.
 
     Example: ``run = hydragrad.train(task, "runs/mine")``, and in another process ``run = task.load("runs/mine")``.
     """
@@ -40,6 +41,7 @@ class Task:
     seed: int = 0
     reduction: str | Coefficients = "mean"
     collate_fn: Callable[[Any], Any] | None = None
+    accuracy: Callable[[nn.Module, Any], Tensor] | None = None
     true_labels: Tensor | None = None
     flipped_ids: Tensor | None = None
 

@@ -1,0 +1,21 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TASK = (
+    "What was trained: a ready task (digits, digits-flipped), module:object, or path/to/file.py:object, where the "
+    "object is a hydragrad.Task or a function without arguments that returns one."
+)
+TaskName = Annotated[str, typer.Argument(help=TASK, show_default=False)]
+TaskOption = Annotated[str, typer.Option("--task", "-t", help=TASK, show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(help="The folder of the recorded run.", show_default=False)]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+
+
+def file_to_write(path: Path | None, option: str) -> None:
+    """Refuse a folder as wrong usage, before anything long."""
+    if path is not None and path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; name a file", param_hint=option)

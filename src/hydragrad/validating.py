@@ -1,0 +1,226 @@
+"""The verb: choose changes, retrain under them, compare with what the scores predicted."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hydragrad.attribution import Attribution
+from hydragrad.errors import MismatchError, NonFiniteError, UnsupportedError, message
+from hydragrad.hypergradient.queries import Columns, group_numbers, length_of
+from hydragrad.labels import Relabel, with_label
+from hydragrad.retraining import designs
+from hydragrad.retraining.counterfactual import Change
+from hydragrad.retraining.designs import COUNTS, METRICS, SIZES, Design, Rows
+from hydragrad.retraining.ledger import Ledger
+from hydragrad.retraining.measuring import Outcome, Question, Retrainer
+from hydragrad.retraining.planning import RetrainingPlan, plan_changes
+from hydragrad.retraining.pool import default_threads, outcomes, workers
+from hydragrad.run import Run
+from hydragrad.suspecting import mislabels
+from hydragrad.validation import Validation
+
+
+def validate(
+    run: Run,
+    scores: Attribution,
+    queries: Any,
+    *,
+    metric: str = "loo",
+    n: int | None = None,
+    fraction: int | float = 0.1,
+    choice: str = "uniform",
+    sizes: Sequence[int | float] = SIZES,
+    targets: Sequence[int] | None = None,
+    weight: int | float = 0.0,
+    labels: Mapping[int, Any] | None = None,
+    relabel: Relabel = with_label,
+    measurement: Callable[[nn.Module, Any], Tensor] | None = None,
+    accuracy: Callable[[nn.Module, Any], Tensor] | None = None,
+    aggregate: str | Tensor | Sequence[int] | None = None,
+    groups: Tensor | Sequence[int] | None = None,
+    step: int | None = None,
+    seed: int = 0,
+    jobs: int | None = None,
+    resume: str | Path | None = None,
+    on_plan: Callable[[RetrainingPlan], None] | None = None,
+    progress: bool = True,
+) -> Validation:
+    """Put scores to the proof: really retrain without some examples, and compare.
+
+        predicted[k, j] = sum of score[i, j] over what is removed in retraining k
+        actual[k, j]    = m_j(retrained) - m_j(as trained)
+
+    A retraining takes the recorded steps again (``Run.replay``) with the losses of the chosen examples at weight 0.
+    ``metric``:
+
+    - "loo": ``n`` (30) rows one by one; ``choice``: "uniform", or "stratified": half among the largest mean |score|;
+    - "subset": ``n`` (50) random subsets of a ``fraction`` of the rows: the linear datamodeling score (LDS);
+    - "remove": for the mean query, or each query id of ``targets``, the most helpful and the most harmful rows, at
+      several ``sizes`` (fractions or numbers of rows), against ``n`` (3) random draws; their losses get ``weight``;
+    - "relabel": one example at a time with another label: ``labels`` {id: label or new sample}, by default the ``n``
+      (20) worst suspects of ``mislabels`` with the labels it suggests; ``relabel(sample, label) -> sample`` for other
+      samples than (input, label). Predicted is the removal of the example: scores know nothing of other labels.
+
+    ``queries``, ``measurement``, ``aggregate``, ``groups``, ``step``: as they were given to ``attribute``;
+    ``accuracy(model, batch) -> [m]`` of 0 and 1 is followed beside them. ``jobs``: retrainings side by side through
+    joblib (-1: all cores; None: an ambient ``joblib.parallel_config``, else 1), each with one thread; ``resume``: a
+    folder that keeps every finished retraining; ``on_plan`` gets the plan before the work (else it is written to
+    stderr with the bar). Raises MismatchError, UnsupportedError, NonFiniteError, StoreError.
+
+    Example: ``print(hydragrad.validate(run, scores, test_set, metric="loo", n=30))``.
+    """
+    began = time.perf_counter()
+    columns = _columns(scores, queries, aggregate)
+    rows = _rows(run, scores, groups)
+    until = run.num_steps if step is None else step
+    question = Question(
+        run.trajectory.folder.resolve(), run.problem, queries, columns, until, measurement, accuracy
+    )  # fmt: skip
+    retrainer = Retrainer(question, run)
+    n = _count(metric, n)
+    generator = torch.Generator().manual_seed(seed)
+    if metric == "loo":
+        design = designs.one_by_one(rows, n, choice, generator)
+    elif metric == "subset":
+        design = designs.subsets(rows, n, fraction, generator)
+    elif metric == "remove":
+        design = designs.extremes(rows, n, sizes, _targets(scores, rows, targets), weight, generator)
+    else:
+        _refuse_groups(groups)
+        chosen = _suspects(run, n, relabel) if labels is None else labels
+        design = designs.relabelled(rows, run.problem.data, chosen, relabel)
+    done, plan, early = _carried_out(retrainer, design, jobs, resume, on_plan, progress)
+    trained, changed = done[0], done[1:]
+    before = trained.values
+    hits = [torch.nan if outcome.hits is None else float(outcome.hits.mean()) for outcome in done]
+    return Validation(
+        metric=metric,
+        method=scores.method,
+        predicted=design.predicted,
+        actual=torch.stack([outcome.values - before for outcome in changed]),
+        before=before,
+        query_ids=scores.query_ids,
+        items=tuple(design.items),
+        accuracy=torch.tensor(hits[1:], dtype=torch.float64),
+        accuracy_before=hits[0],
+        seed=seed,
+        seconds=time.perf_counter() - began,
+        threads=plan.threads,
+        bitwise=early,
+        plan=str(plan),
+    )
+
+
+def _carried_out(
+    retrainer: Retrainer,
+    design: Design,
+    jobs: int | None,
+    resume: str | Path | None,
+    on_plan: Callable[[RetrainingPlan], None] | None,
+    progress: bool,
+) -> tuple[list[Outcome], RetrainingPlan, bool]:
+    """The outcomes as trained and of every change, in order; the plan; whether replay gives the record's bits."""
+    side_by_side, threads = workers(jobs), default_threads(jobs)
+    ledger = None if resume is None else Ledger(resume, retrainer, threads)
+    threads = threads if ledger is None else ledger.threads
+    changes = [Change(), *design.changes]
+    done = {k: kept for k, change in enumerate(changes) if ledger and (kept := ledger.get(change)) is not None}
+    missing = [(k, change) for k, change in enumerate(changes) if k not in done]
+    plan = plan_changes(retrainer, [change for _, change in missing], len(done), side_by_side, threads)
+    if on_plan is not None:
+        on_plan(plan)
+    elif progress:
+        tqdm.write(f"plan: {plan}", file=sys.stderr)
+    bar = tqdm(total=len(changes), initial=len(done), desc="retraining", unit="run", disable=not progress)
+    with bar:
+
+        def carry_out(numbered: list[tuple[int, Change]], early: bool) -> None:
+            for k, outcome in outcomes(retrainer, numbered, jobs=jobs, threads=threads, early=early):
+                done[k] = outcome
+                if ledger is not None:
+                    ledger.put(changes[k], outcome)
+                bar.update()
+
+        carry_out([(k, change) for k, change in missing if k == 0], early=True)
+        if not bool(done[0].values.isfinite().all()):
+            raise NonFiniteError(
+                message("the model as trained has no finite measurements", cause="a diverged run, or a query with NaN")
+            )
+        carry_out([(k, change) for k, change in missing if k != 0], early=done[0].bitwise)
+    return [done[k] for k in range(len(changes))], plan, done[0].bitwise
+
+
+def _columns(scores: Attribution, queries: Any, aggregate: Any) -> Columns:
+    kind = aggregate if isinstance(aggregate, str) or aggregate is None else torch.as_tensor(aggregate)
+    columns = Columns.make(kind, length_of(queries))
+    if columns.count != len(scores.query_ids):
+        raise MismatchError(
+            message(
+                "the scores are not those of these queries",
+                expected=f"{len(scores.query_ids)} columns, as the scores have",
+                got=f"{columns.count} columns from {length_of(queries)} queries",
+                cause="other queries, or scores with aggregate=",
+                remedy="give the queries, and aggregate=, as they were given to attribute",
+            )
+        )
+    return columns
+
+
+def _rows(run: Run, scores: Attribution, groups: Any) -> Rows:
+    total = scores.total.double()
+    if not bool(total.isfinite().all()):
+        raise NonFiniteError(message("the scores are not finite", remedy="attribute again: they were altered"))
+    if groups is not None:
+        numbers, _, count = group_numbers(groups, run.num_examples, "groups", "training example")
+        if count != len(scores.train_ids):
+            raise MismatchError(
+                message("the scores are not those of these groups", expected=f"{count} rows", got=len(scores.train_ids))
+            )
+        return Rows(total, scores.train_ids, numbers)
+    if len(scores.train_ids) and int(scores.train_ids.max()) >= run.num_examples:
+        raise MismatchError(
+            message(
+                "the scores are not those of this run",
+                expected=f"train ids below {run.num_examples}",
+                got=int(scores.train_ids.max()),
+                cause="scores of another run or data set",
+            )
+        )
+    return Rows(total, scores.train_ids, None)
+
+
+def _targets(scores: Attribution, rows: Rows, targets: Sequence[int] | None) -> list[tuple[int | None, Tensor]]:
+    if targets is None:
+        return [(None, rows.mean())]
+    known = {int(query): column for column, query in enumerate(scores.query_ids)}
+    unknown = [target for target in targets if target not in known]
+    if unknown or not targets:
+        raise MismatchError(message("no such queries", expected="query ids of the scores", got=unknown or "none"))
+    return [(int(target), rows.scores[:, known[target]]) for target in targets]
+
+
+def _count(metric: str, n: int | None) -> int:
+    if metric not in METRICS:
+        raise UnsupportedError(message("unknown metric", expected=" or ".join(map(repr, METRICS)), got=repr(metric)))
+    if n is not None and n < 1:
+        raise MismatchError(message("nothing to retrain", expected="n of at least 1", got=n))
+    return COUNTS[metric] if n is None else n
+
+
+def _refuse_groups(groups: Any) -> None:
+    if groups is not None:
+        raise UnsupportedError(
+            message("groups cannot be relabelled", remedy="use scores of single examples for metric='relabel'")
+        )
+
+
+def _suspects(run: Run, n: int, relabel: Relabel) -> dict[int, int]:
+    found = mislabels(run, relabel=relabel, progress=False)
+    chosen = {row.id: row.suggested for row in found.top(len(found)) if row.suggested not in (None, row.label)}
+    return dict(list(chosen.items())[:n])  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Tests of retraining by replay, against loops written out."""
