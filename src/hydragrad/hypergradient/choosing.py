@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from hydragrad.errors import UnsupportedError
+from hydragrad.hypergradient.consistency import gradient_gap
 from hydragrad.hypergradient.costs import Timed, activation_bytes, agree, probe_block, products, seconds_of
 from hydragrad.hypergradient.curvature import Engine
 from hydragrad.hypergradient.engines import candidates, reference
@@ -17,7 +19,7 @@ from hydragrad.hypergradient.scaled import Direct, PerExampleGradients, ScaledEn
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.hypergradient.tracing import Traced
 from hydragrad.step.objective import Point
-from hydragrad.trajectory.moments import Moment
+from hydragrad.trajectory.moments import Moment, advance
 from hydragrad.trajectory.state import State
 
 _SHARE = 0.15
@@ -45,7 +47,10 @@ class Sizes:
 @final
 @dataclass(frozen=True)
 class Chosen:
-    """The engine with its block, seconds a query and step, seconds a replayed step, sizes, why, where it was tried."""
+    """The engine with its block, seconds a query and step, seconds a replayed step, sizes, why, where it was tried.
+
+    ``gradient_gap``: how far the gradient that is differentiated there is from the training step's, relatively.
+    """
 
     engine: Engine | ScaledEngine
     block: int
@@ -54,6 +59,7 @@ class Chosen:
     sizes: Sizes
     reasons: tuple[str, ...]
     point: Point
+    gradient_gap: float
 
     @property
     def plain(self) -> Engine:
@@ -72,7 +78,7 @@ def choose(sweep: Sweep, queries: int, method: str, *, memory: int, block: int |
 
     Blocks that are tried take at most half of ``memory`` (bytes), what is chosen as well.
     """
-    point, replay = _probe_point(sweep)
+    point, replay, gap = _probe_point(sweep)
     with sweep.objective.differentiable():
         if method == "gauss-newton":
             sweep.objective.check_split(point)
@@ -81,7 +87,7 @@ def choose(sweep: Sweep, queries: int, method: str, *, memory: int, block: int |
         search = _Search(sweep, point, queries, widest, method, block)
         search.run(compile)
     best = search.best
-    return Chosen(best.engine, best.block, best.per_query, replay, sizes, tuple(search.reasons), point)
+    return Chosen(best.engine, best.block, best.per_query, replay, sizes, tuple(search.reasons), point, gap)
 
 
 @final
@@ -206,8 +212,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
 
 
-def _probe_point(sweep: Sweep) -> tuple[Point, float]:
-    """A point at the last checkpoint before the end, and the seconds of one replayed step there."""
+def _probe_point(sweep: Sweep) -> tuple[Point, float, float]:
+    """A point at the last checkpoint before the end, the seconds of one replayed step there, and its gradient gap."""
     trajectory = sweep.run.trajectory
     starts = [t for t in trajectory.checkpoints if t < sweep.stop]
     # the latest of those with the largest batch: the last batch of an epoch is not what most steps look like
@@ -215,14 +221,16 @@ def _probe_point(sweep: Sweep) -> tuple[Point, float]:
     state, record = trajectory.state(start), trajectory.steps[start]
     replayer = sweep.replayer
 
+    gradient: dict[str, Tensor] = {}
+
     def step() -> None:
         replayer.restore(state)
-        replayer.advance(record)
+        gradient.update(advance(replayer, record))
 
     replay = seconds_of(step, replayer.device, repeats=2)
-    moment = Moment(record, state_on(state, replayer.device), {}, replayer.batches(record), replayer.random)
-    _, _, point = next(points_of(moment, sweep.objective))
-    return point, replay
+    moment = Moment(record, state_on(state, replayer.device), gradient, replayer.batches(record), replayer.random)
+    points = [point for _, _, point in points_of(moment, sweep.objective)]
+    return points[0], replay, gradient_gap(sweep.objective, points, gradient)
 
 
 def state_on(state: State, device: torch.device) -> State:
