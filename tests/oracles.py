@@ -236,7 +236,11 @@ def _gauss_newton(recipe: Recipe, model: Callable[[Tensor], Callable[..., Tensor
     z = outputs(u).detach()
     found: Any = jacobian(outputs, u, vectorize=True)
     jac = found.reshape(z.numel(), -1)
-    out: Any = hessian(lambda z: _objective(recipe, lambda *args, **kwargs: z, ids, zero), z)
+
+    def given(z: Tensor) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: (model(u)(*args, **kwargs), z)[1]  # the model runs, for what it draws
+
+    out: Any = hessian(lambda z: _objective(recipe, given(z), ids, zero), z)
     return jac.T @ out.reshape(z.numel(), -1) @ jac
 
 

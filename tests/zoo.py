@@ -126,6 +126,13 @@ class Stacked(nn.Module):
         return self.head(self.core(x)[0][:, -1])
 
 
+class NativeDropout(nn.Module):
+    """The operation that dropout is on CUDA."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, 0.4, self.training)[0]
+
+
 class DroppedAttention(nn.Module):
     """Attention with dropout of its weights: torch's module, or the function called directly."""
 
@@ -247,6 +254,7 @@ BUFFERED = tuple(_BUFFERED)  # normalization: training changes their buffers, wh
 
 _DRAWING: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], str]] = {
     "dropout": (_mlp(nn.Dropout(0.4), nn.Tanh()), seeded_classification, _VECTORS),
+    "native_dropout": (_mlp(NativeDropout(), nn.Tanh()), seeded_classification, _VECTORS),
     "dropout2d": (_conv(nn.Dropout2d(0.4)), seeded_classification, _IMAGES),
     "alpha_dropout": (_mlp(nn.SELU(), nn.AlphaDropout(0.3)), seeded_classification, _VECTORS),
     "feature_alpha_dropout": (_conv(nn.FeatureAlphaDropout(0.3)), seeded_classification, _IMAGES),

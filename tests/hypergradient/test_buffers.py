@@ -1,5 +1,6 @@
 """Buffers that training changes: running statistics and moving averages, in every method, sweep, engine and mode."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import hydragrad as hg
+from hydragrad.checks import derivative_error
 from hydragrad.hypergradient import exact, gauss_newton, hessian_free
 from hydragrad.hypergradient.curvature import Engine
 from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.pushing import Push
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.hypergradient.tracing import Traced
+from hydragrad.step.buffers import PureStatistics
 from hydragrad.step.objective import Objective, Point, Vectors
 from hydragrad.trajectory.moments import forwards
 from tests.hypergradient.recorded import recipe_of, recorded, values
@@ -163,6 +166,35 @@ def test_finite_differences_of_replay(name, tmp_path):
     direction = torch.randn(run.num_examples, dtype=torch.float64)
     predicted = direction @ values(run, problem.queries)
     assert relative_error(finite_differences(run, measure, direction, 1e-5), predicted) < 1e-7
+
+
+def error_on_one_batch(run: hg.Run, method: str) -> float:
+    sweep = Sweep.of(run)
+    moment = list(forwards(sweep.replayer, run.trajectory, 5))[-1]
+    error = derivative_error(sweep.objective, next(points_of(moment, sweep.objective))[2], method)
+    assert error is not None
+    return error
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["conv_batchnorm_dropout", "moving_average", "instancenorm_tracked"])
+def test_derivatives_of_buffers_are_checked(name, method, tmp_path, monkeypatch):
+    """A kernel with a wrong derivative of V, here one that stops at no_grad, or of g in v, is found."""
+    run = recorded(recipe_of(case(name), modes=frozen_from(4 if "norm" in name else 7)), tmp_path / "run")
+    assert error_on_one_batch(run, method) < 1e-6
+    if name == "moving_average":
+        monkeypatch.setattr("hydragrad.step.objective.Attached", contextlib.nullcontext)
+        assert error_on_one_batch(run, method) > 0.01
+    elif method == "exact":
+        monkeypatch.setattr("hydragrad.step.objective.PureStatistics", Still)
+        assert error_on_one_batch(run, method) > 0.01
+
+
+class Still(PureStatistics):  # type: ignore[misc]
+    """Statistics that are constants, as torch's kernels take them."""
+
+    def after(self, statistic: Tensor) -> Tensor:
+        return super().after(statistic).detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------
