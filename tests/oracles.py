@@ -53,29 +53,47 @@ class Recipe:
         return {name: full_hyper(self.optimizer, given) for names, given in chosen for name in names}
 
 
-class _PlainBatchNorm(nn.Module):
-    """BatchNorm in formulas, so that the running statistics carry derivatives (torch's own do not)."""
+class _PlainNorm(nn.Module):
+    """Batch or instance norm in formulas, so that the running statistics carry derivatives (torch's own do not)."""
 
     running_mean: Tensor
     running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(self, of: Any) -> None:
         super().__init__()
         self.weight, self.bias, self.eps, self.momentum = of.weight, of.bias, of.eps, of.momentum
-        self.register_buffer("running_mean", of.running_mean)
-        self.register_buffer("running_var", of.running_var)
+        self.each = isinstance(of, (nn.InstanceNorm1d, nn.InstanceNorm2d))  # statistics of each example
+        self.tracks = of.running_mean is not None
+        for name, buffer in of.named_buffers():
+            self.register_buffer(name, buffer)
 
     def forward(self, x: Tensor) -> Tensor:
-        dims = [d for d in range(x.ndim) if d != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        mean, var = self.running_mean, self.running_var
-        if self.training:
-            n = x.numel() / x.shape[1]
-            mean, var = x.mean(dims), x.var(dims, correction=0)
-            self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean
-            self.running_var = (1 - self.momentum) * self.running_var + self.momentum * var * n / (n - 1)
-        normed = (x - mean.view(shape)) / (var.view(shape) + self.eps).sqrt()
-        return normed * self.weight.view(shape) + self.bias.view(shape)
+        axes = "bc" if self.each else "c"
+        flat = x.reshape(*x.shape[:2], -1)
+        if self.training or not self.tracks:
+            mean, var = self.statistics(flat)
+        else:
+            mean, var = self.running_mean, self.running_var
+            axes = "c"
+        place = {"bc": (slice(None), slice(None), None), "c": (None, slice(None), None)}[axes]
+        out = (flat - mean[place]) * (var[place] + self.eps) ** -0.5
+        if self.weight is not None:
+            out = out * self.weight[None, :, None] + self.bias[None, :, None]
+        return out.reshape(x.shape)
+
+    def statistics(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        rows = flat if self.each else flat.transpose(0, 1).flatten(1)
+        n = rows.shape[-1]
+        mean = rows.sum(-1) / n
+        var = (rows - mean[..., None]).pow(2).sum(-1) / n
+        if self.tracks:
+            self.num_batches_tracked = self.num_batches_tracked + 1
+            rate = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+            new_mean, new_var = (x.mean(0) if self.each else x for x in (mean, var * n / (n - 1)))
+            self.running_mean = self.running_mean + rate * (new_mean - self.running_mean)
+            self.running_var = self.running_var + rate * (new_var - self.running_var)
+        return mean, var
 
 
 def _plain_weight_norm(g: Tensor, v: Tensor) -> Tensor:
@@ -85,9 +103,11 @@ def _plain_weight_norm(g: Tensor, v: Tensor) -> Tensor:
 def _differentiable(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).double()
     for name, module in list(model.named_modules()):
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm1d, nn.InstanceNorm2d)):
             parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], _PlainBatchNorm(module).train(module.training))
+            setattr(parent, name.rpartition(".")[2], _PlainNorm(module).train(module.training))
+        if hasattr(module, "outside"):  # a moving average kept outside of autograd: here it is within
+            module.outside = False
         if type(module).__name__ == "_WeightNorm":  # the fused kernel's second derivative is wrong in torch 2.13
             module.forward = _plain_weight_norm  # type: ignore[method-assign]
     return model
@@ -174,13 +194,18 @@ def unroll(recipe: Recipe, create_graph: bool = True) -> Unrolled:
     params, buffers = [w], [v]
     for t, micro_batches in enumerate(recipe.steps):
         recipe.modes(model.train(), t)
-        values = {**w, **v}
-        with sdpa_kernel(SDPBackend.MATH):
-            parts = [_objective(recipe, _bind(model, values), ids, eps[t]) for ids in micro_batches]
-            total = torch.stack(parts).sum()
-            raw = torch.autograd.grad(total, list(w.values()), create_graph=create_graph, allow_unused=True)
-        v = {name: values[name] for name in v}  # functional_call leaves what the model assigned in the dict
-        gradients = _clipped({n: g for n, g in zip(w, raw, strict=True) if g is not None}, recipe.clip)
+        summed: Tensors = {}
+        for ids in micro_batches:
+            values = {**{name: p.view_as(p) for name, p in w.items()}, **v}
+            here = [values[name] for name in w]  # not w itself: the buffers depend on that, and g takes them as given
+            with sdpa_kernel(SDPBackend.MATH):
+                scalar = _objective(recipe, _bind(model, values), ids, eps[t])
+                raw = torch.autograd.grad(scalar, here, create_graph=create_graph, allow_unused=True)
+            v = {name: values[name] for name in v}  # functional_call leaves what the model assigned in the dict
+            for name, g in zip(w, raw, strict=True):
+                if g is not None:
+                    summed[name] = summed[name] + g if name in summed else g
+        gradients = _clipped(summed, recipe.clip)
         w, hyper = dict(w), recipe.hyper(t)
         for name, g in gradients.items():
             slots, scalars = state.get(name) or initial_state(recipe.optimizer, w[name].detach(), hyper[name])
@@ -196,9 +221,9 @@ def unroll(recipe: Recipe, create_graph: bool = True) -> Unrolled:
 # The forward recursion with explicit matrices
 
 
-def _gauss_newton(recipe: Recipe, model: Callable[[Tensor], Callable[..., Tensor]], w: Tensor, ids: Any) -> Tensor:
-    """`J^T H_out J` of one micro-batch; `model(w)` is the model at w."""
-    zero, kept = torch.zeros(len(recipe.samples), dtype=w.dtype), []
+def _gauss_newton(recipe: Recipe, model: Callable[[Tensor], Callable[..., Tensor]], u: Tensor, ids: Any) -> Tensor:
+    """`J^T H_out J` of one micro-batch; `model(u)` is the model at u, the parameters and float buffers."""
+    zero, kept = torch.zeros(len(recipe.samples), dtype=u.dtype), []
 
     def outputs(x: Tensor) -> Tensor:
         def spy(*args: Any, **kwargs: Any) -> Tensor:
@@ -208,66 +233,87 @@ def _gauss_newton(recipe: Recipe, model: Callable[[Tensor], Callable[..., Tensor
         _objective(recipe, spy, ids, zero)
         return kept.pop()
 
-    z = outputs(w).detach()
-    found: Any = jacobian(outputs, w, vectorize=True)
+    z = outputs(u).detach()
+    found: Any = jacobian(outputs, u, vectorize=True)
     jac = found.reshape(z.numel(), -1)
-    out: Any = hessian(lambda z: _objective(recipe, lambda *args, **kwargs: z, ids, zero), z)
+
+    def given(z: Tensor) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: (model(u)(*args, **kwargs), z)[1]  # the model runs, for what it draws
+
+    out: Any = hessian(lambda z: _objective(recipe, given(z), ids, zero), z)
     return jac.T @ out.reshape(z.numel(), -1) @ jac
 
 
 def _curvature(
-    recipe: Recipe, model: Callable[[Tensor], Callable[..., Tensor]], w: Tensor, step: Any, method: str
+    recipe: Recipe, model: Callable[[Tensor], Callable[..., Tensor]], u: Tensor, ids: Any, method: str
 ) -> Tensor:
-    """`C_t` as a matrix `[P, P]`: the Hessian, `J^T H_out J`, or zero."""
-    zero = torch.zeros(len(recipe.samples), dtype=w.dtype)
-    total = torch.zeros(len(w), len(w), dtype=w.dtype)
-    for ids in step if method != "hessian-free" else []:
-        if method == "exact":
-            found: Any = hessian(lambda x, ids=ids: _objective(recipe, model(x), ids, zero), w)
-            total += found
-        else:
-            total += _gauss_newton(recipe, model, w, ids)
-    return total
+    """The method's second derivatives of one micro-batch in (w, v): the Hessian, `J^T H_out J`, or zero."""
+    zero = torch.zeros(len(recipe.samples), dtype=u.dtype)
+    if method == "hessian-free":
+        return torch.zeros(len(u), len(u), dtype=u.dtype)
+    if method == "gauss-newton":
+        return _gauss_newton(recipe, model, u, ids)
+    found: Any = hessian(lambda x: _objective(recipe, model(x), ids, zero), u)
+    return found
 
 
 @dataclass(frozen=True)
 class Recursion:
-    """`vectors`: `d w_T / d eps_i` under the method's curvature, `[N, P]`; `final`: `w_T`, `[P]`."""
+    """`vectors`: `d w_T / d eps_i` under the method's curvature, `[N, P]`; `final`: `w_T`, `[P]`.
+
+    `buffers`: `d v_T / d eps_i` of the float buffers, `[N, Q]`.
+    """
 
     vectors: Tensor
     final: Tensor
+    buffers: Tensor
     gradients: Callable[[Sequence[Any]], Tensor]
 
     def scores(self, queries: Sequence[Any]) -> Tensor:
-        """`-grad m_j(w_T) . h_i`, `[N, M]`."""
-        return -self.vectors @ self.gradients(queries).T
+        """`-(dm_j/dw . h_i + dm_j/dv . y_i)`, `[N, M]`."""
+        return -torch.cat([self.vectors, self.buffers], dim=1) @ self.gradients(queries).T
 
 
 def recursion(recipe: Recipe, method: str) -> Recursion:
-    """Forward sweep with dense matrices. No buffers, no parameter without a gradient; P of some 50."""
+    """Forward sweep with dense matrices, w and v together. No parameter without a gradient; P of some 50."""
     model = _differentiable(recipe.model).train()
     names = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    floats = {name: v.shape for name, v in model.named_buffers() if v.is_floating_point()}
+    counters = {name: v for name, v in model.named_buffers() if name not in floats}
     w = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    v = torch.cat([w[:0], *(model.get_buffer(name).flatten() for name in floats)])
 
-    def unflat(x: Tensor) -> Tensors:
+    def unflat(x: Tensor, names: Mapping[str, torch.Size] = names) -> Tensors:
         parts = x.split([shape.numel() for shape in names.values()])
         return {name: part.view(shape) for (name, shape), part in zip(names.items(), parts, strict=True)}
 
-    def at(x: Tensor) -> Callable[..., Tensor]:
-        return _bind(model, unflat(x))
+    def tensors(u: Tensor) -> Tensors:
+        return unflat(u, {**names, **floats}) | counters
+
+    def at(u: Tensor) -> Callable[..., Tensor]:
+        return _bind(model, tensors(u))
+
+    def moved(u: Tensor, ids: Any) -> Tensors:
+        values = tensors(u)
+        _objective(recipe, _bind(model, values), ids, eps)
+        return values
+
+    def flat_moved(u: Tensor, ids: Any) -> Tensor:
+        values = moved(u, ids)
+        return torch.cat([w[:0], *(values[name].flatten() for name in floats)])
 
     first = recipe.hyper(0)
     states = {n: initial_state(recipe.optimizer, p, first[n]) for n, p in unflat(w).items()}
     scalars = {n: state[1] for n, state in states.items()}
     keys = [(n, slot) for n, state in states.items() for slot in state[0]]
     s = torch.cat([states[n][0][slot].flatten() for n, slot in keys] or [w[:0]])
-    moved = torch.zeros(len(w) + len(s), len(recipe.samples), dtype=w.dtype)
+    h_z = torch.zeros(len(w) + len(s), len(recipe.samples), dtype=w.dtype)
+    y = torch.zeros(len(v), len(recipe.samples), dtype=w.dtype)
     eps, sizes = torch.zeros(len(recipe.samples), dtype=w.dtype), [len(w), len(s), len(w)]
 
-    def gradient(w: Tensor, step: Any, eps: Tensor) -> Tensor:
-        x = w.detach().requires_grad_()
-        total = torch.stack([_objective(recipe, at(x), ids, eps) for ids in step]).sum()
-        return torch.autograd.grad(total, x, create_graph=True)[0]
+    def gradient(u: Tensor, ids: Any, eps: Tensor) -> Tensor:
+        x = u.detach().requires_grad_()
+        return torch.autograd.grad(_objective(recipe, at(x), ids, eps), x, create_graph=True)[0][: sizes[0]]
 
     def update(x: Tensor, t: int, scalars: dict[str, Scalars]) -> tuple[Tensor, dict[str, Scalars]]:
         w, s, g = x.split(sizes)
@@ -280,18 +326,28 @@ def recursion(recipe: Recipe, method: str) -> Recursion:
         return torch.cat(parts), {n: a[2] for n, a in after.items()}
 
     for t, step in enumerate(recipe.steps):
-        x, now = torch.cat([w, s, gradient(w, step, eps).detach()]), partial(update, t=t, scalars=scalars)
-        dg = _curvature(recipe, at, w, step, method) @ moved[: sizes[0]] + jacobian(partial(gradient, w, step), eps)
-        moved = jacobian(lambda x, now=now: now(x)[0], x, vectorize=True) @ torch.cat([moved, dg])
-        after, scalars = now(x)
-        w, s = after.detach().split(sizes[:2])
+        recipe.modes(model.train(), t)
+        total, dg = torch.zeros_like(w), torch.zeros(len(w), len(recipe.samples), dtype=w.dtype)
+        for ids in step:
+            u, h_y = torch.cat([w, v]), torch.cat([h_z[: sizes[0]], y])
+            total += gradient(u, ids, eps).detach()
+            dg += _curvature(recipe, at, u, ids, method)[: sizes[0]] @ h_y + jacobian(partial(gradient, u, ids), eps)
+            found: Any = jacobian(partial(flat_moved, ids=ids), u) if len(v) else torch.zeros(0, len(u), dtype=u.dtype)
+            after = moved(u, ids)
+            y, v = found @ h_y, torch.cat([w[:0], *(after[name].detach().flatten() for name in floats)])
+            counters = {name: after[name] for name in counters}
+        x, now = torch.cat([w, s, total]), partial(update, t=t, scalars=scalars)
+        h_z = jacobian(lambda x, now=now: now(x)[0], x, vectorize=True) @ torch.cat([h_z, dg])
+        stepped, scalars = now(x)
+        w, s = stepped.detach().split(sizes[:2])
 
     def gradients(queries: Sequence[Any]) -> Tensor:
         model.eval()
         batch = _collate(queries, range(len(queries)))
-        return jacobian(lambda x: recipe.loss(at(x), batch).reshape(len(queries), -1).sum(1), w)
+        measured = lambda u: recipe.loss(at(u), batch).reshape(len(queries), -1).sum(1)  # noqa: E731
+        return jacobian(measured, torch.cat([w, v]))
 
-    return Recursion(moved[: sizes[0]].T, w, gradients)
+    return Recursion(h_z[: sizes[0]].T, w, y.T, gradients)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@
 so that the float32 and the float64 version of a case are the same problem.
 """
 
+import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +95,85 @@ class Tied(nn.Module):
         return self.output(torch.tanh(self.middle(self.embedding(tokens).mean(1))))
 
 
+class Centered(nn.Module):
+    """Subtracts the moving average of what it saw before, which it keeps outside of autograd (unless told)."""
+
+    average: Tensor
+
+    def __init__(self, width: int, outside: bool = True) -> None:
+        super().__init__()
+        self.outside = outside
+        self.register_buffer("average", torch.linspace(-0.5, 0.5, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x - self.average
+        if self.training and self.outside:
+            with torch.no_grad():
+                self.average.mul_(0.8).add_(x.detach().mean(0), alpha=0.2)
+        elif self.training:
+            self.average = 0.8 * self.average + 0.2 * x.mean(0)
+        return out
+
+
+class Stacked(nn.Module):
+    """Two layers of LSTM with dropout between them, the last output classified."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core, self.head = nn.LSTM(4, 3, num_layers=2, dropout=0.4, batch_first=True), nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.core(x)[0][:, -1])
+
+
+class NativeDropout(nn.Module):
+    """The operation that dropout is on CUDA."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, 0.4, self.training)[0]
+
+
+class DroppedAttention(nn.Module):
+    """Attention with dropout of its weights: torch's module, or the function called directly."""
+
+    def __init__(self, width: int, direct: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, dropout=0.3, batch_first=True)
+        self.direct = direct
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x, x, x, need_weights=not self.direct)[0]
+
+
+_SEEDS = itertools.count(1000)
+
+
+def seeded(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss with a seed of its own, so that it draws the same whenever it sees a batch of that size.
+
+    It leaves another random state each time: that a step drew numbers shows in the state.
+    """
+
+    def with_seed(model: Callable[..., Tensor], batch: Any) -> Tensor:
+        torch.manual_seed(len(batch[1]))
+        losses = loss(model, batch)
+        torch.manual_seed(next(_SEEDS))
+        return losses
+
+    return with_seed
+
+
+seeded_classification = seeded(classification)
+
+
+@seeded
+def noisy_classification(model: Callable[..., Tensor], batch: Any) -> Tensor:
+    """Noise on the inputs, dropout of the outputs: a loss that draws before the model does, and after it."""
+    inputs, labels = batch
+    outputs = F.dropout(model(inputs + 0.1 * torch.randn_like(inputs)), 0.3)
+    return F.cross_entropy(outputs, labels, reduction="none")
+
+
 def _frozen() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, CLASSES))
     model[0].requires_grad_(False)
@@ -105,7 +186,7 @@ def _weight_norm() -> nn.Module:
 
 
 def _mlp(*middle: nn.Module, out: int = CLASSES) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(nn.Linear(4, 6), *middle, nn.Linear(6, out))
+    return lambda: nn.Sequential(nn.Linear(4, 6), *copy.deepcopy(middle), nn.Linear(6, out))
 
 
 def _convnet() -> nn.Module:
@@ -119,8 +200,13 @@ def _groupnorm() -> nn.Module:
     return nn.Sequential(first, nn.Linear(16, CLASSES))
 
 
-def _batchnorm() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, CLASSES))
+def _batchnorm(**options: Any) -> Callable[[], nn.Module]:
+    return _mlp(nn.BatchNorm1d(6, **options), nn.Tanh())
+
+
+def _conv(*middle: nn.Module) -> Callable[[], nn.Module]:
+    end = nn.Sequential(nn.Tanh(), nn.AvgPool2d(3), nn.Flatten())
+    return lambda: nn.Sequential(nn.Conv2d(1, 3, 3), *copy.deepcopy(middle), end, nn.Linear(12, CLASSES))
 
 
 def _embedding() -> nn.Module:
@@ -140,7 +226,6 @@ _TABLE: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], str]] = 
     "regression": (_mlp(nn.Tanh(), out=2), regression, _VECTORS),
     "frozen": (_frozen, classification, _VECTORS),
     "weight_norm": (_weight_norm, classification, _VECTORS),
-    "batchnorm": (_batchnorm, classification, _VECTORS),
     "convnet": (_convnet, classification, _IMAGES),
     "groupnorm": (_groupnorm, classification, _IMAGES),
     "embedding": (_embedding, classification, _TOKENS),
@@ -152,8 +237,35 @@ _TABLE: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], str]] = 
     "lstm": (lambda: Pooled(nn.LSTM(4, 3, batch_first=True), 3), classification, _SEQUENCES),
     "gru": (lambda: Pooled(nn.GRU(4, 3, batch_first=True), 3), classification, _SEQUENCES),
 }
-CASES = tuple(name for name in _TABLE if name != "batchnorm")
-BUFFERED = ("batchnorm",)  # training changes their buffers, which carry derivatives too
+CASES = tuple(_TABLE)
+
+_BUFFERED: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], str]] = {
+    "batchnorm": (_batchnorm(), classification, _VECTORS),
+    "batchnorm_cumulative": (_batchnorm(momentum=None), classification, _VECTORS),
+    "batchnorm_fixed_scale": (_batchnorm(affine=False, momentum=0.3), classification, _VECTORS),
+    "batchnorm_untracked": (_batchnorm(track_running_stats=False), classification, _VECTORS),
+    "conv_batchnorm": (_conv(nn.BatchNorm2d(3)), classification, _IMAGES),
+    "instancenorm": (_conv(nn.InstanceNorm2d(3, affine=True)), classification, _IMAGES),
+    "instancenorm_tracked": (_conv(nn.InstanceNorm2d(3, track_running_stats=True)), classification, _IMAGES),
+    "moving_average": (_mlp(Centered(6), nn.Tanh()), classification, _VECTORS),
+    "conv_batchnorm_dropout": (_conv(nn.BatchNorm2d(3), nn.Dropout(0.3)), seeded_classification, _IMAGES),
+}
+BUFFERED = tuple(_BUFFERED)  # normalization: training changes their buffers, which carry derivatives too
+
+_DRAWING: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], str]] = {
+    "dropout": (_mlp(nn.Dropout(0.4), nn.Tanh()), seeded_classification, _VECTORS),
+    "native_dropout": (_mlp(NativeDropout(), nn.Tanh()), seeded_classification, _VECTORS),
+    "dropout2d": (_conv(nn.Dropout2d(0.4)), seeded_classification, _IMAGES),
+    "alpha_dropout": (_mlp(nn.SELU(), nn.AlphaDropout(0.3)), seeded_classification, _VECTORS),
+    "feature_alpha_dropout": (_conv(nn.FeatureAlphaDropout(0.3)), seeded_classification, _IMAGES),
+    "rrelu": (_mlp(nn.RReLU()), seeded_classification, _VECTORS),
+    "attention_dropout": (lambda: Pooled(DroppedAttention(4, False), 4), seeded_classification, _SEQUENCES),
+    "sdpa_dropout": (lambda: Pooled(DroppedAttention(4, True), 4), seeded_classification, _SEQUENCES),
+    "lstm_dropout": (Stacked, seeded_classification, _SEQUENCES),
+    "noisy_loss": (_mlp(nn.Dropout(0.2), nn.Tanh()), noisy_classification, _VECTORS),
+}
+DRAWING = tuple(_DRAWING)  # random numbers are drawn inside the step
+_TABLE |= _BUFFERED | _DRAWING
 
 
 def _inputs(kind: str, n: int, generator: torch.Generator) -> Tensor:

@@ -113,6 +113,7 @@ def attribute(
         drift=drift,
         growth=swept.growth,
         derivative_error=derivatives,
+        gradient_gap=plan.gradient_gap,
         plan=str(plan),
         verdict=verdict,
         reasons=reasons,

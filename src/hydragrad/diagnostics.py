@@ -32,6 +32,8 @@ class Diagnostics:
     of any query at any step; ``plan``: what was chosen and why; ``ladder``: finite differences by retraining, step by
     step, ``examples`` the ones they reweighted, ``seed`` their seed; ``derivative_error``: of torch's derivatives of
     the model against finite differences on one batch, in float64 (None: not checked, or the model does not run so);
+    ``gradient_gap``: relative difference between the gradient of the loss as it is differentiated and the training
+    step's, on one batch (rounding; more is refused);
     ``verdict`` and ``reasons``: whether first-order scores are reliable for this run, in words.
     """
 
@@ -48,6 +50,7 @@ class Diagnostics:
     examples: tuple[int, ...] = ()
     seed: int = 0
     derivative_error: float | None = None
+    gradient_gap: float = float("nan")
 
     @property
     def ratio(self) -> float:
@@ -60,10 +63,11 @@ class Diagnostics:
         return self.ladder[-1].error if self.ladder else float("nan")
 
     def __str__(self) -> str:
+        gap = "" if self.gradient_gap != self.gradient_gap else f", gradient gap {self.gradient_gap:.1e}"
         lines = [
             f"{self.method}: {self.verdict}",
             f"  {self.seconds:.1f} s, {self.ratio:.1f} times one replay; check {self.check_seconds:.1f} s",
-            f"  replay drift {self.drift:.1e}, adjoint growth {self.growth:.1f}",
+            f"  replay drift {self.drift:.1e}, adjoint growth {self.growth:.1f}{gap}",
             f"  plan: {self.plan}",
         ]
         lines += [

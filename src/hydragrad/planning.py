@@ -25,7 +25,8 @@ class Plan:
 
     ``engine``: the computation chosen; ``block``: queries per product; ``carried``: queries whose adjoints one sweep
     carries; ``sweeps``: passes over the run; ``segment``: states kept at a time; ``peak_bytes``: memory above
-    training's, the result included; ``seconds``: predicted; ``budget``: bytes allowed; ``reasons``: why.
+    training's, the result included; ``seconds``: predicted; ``budget``: bytes allowed; ``reasons``: why;
+    ``gradient_gap``: relative difference between the gradient that is differentiated and the training step's.
     """
 
     method: str
@@ -41,6 +42,10 @@ class Plan:
     reasons: tuple[str, ...]
     chosen: Chosen = field(repr=False, compare=False)
     fixed: Fixed = field(repr=False, compare=False)
+
+    @property
+    def gradient_gap(self) -> float:
+        return self.chosen.gradient_gap
 
     def __str__(self) -> str:
         return (

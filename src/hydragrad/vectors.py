@@ -165,6 +165,7 @@ def hypergradients(
         drift=0.0,
         growth=float("nan"),
         plan=str(plan),
+        gradient_gap=plan.gradient_gap,
     )
     if path is not None:
         about = {

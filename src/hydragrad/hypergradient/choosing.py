@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import torch
+from torch import Tensor
 
+from hydragrad.hypergradient.consistency import gradient_gap
 from hydragrad.hypergradient.costs import activation_bytes, probe_block, products, seconds_of
 from hydragrad.hypergradient.curvature import Engine
 from hydragrad.hypergradient.naming import named
@@ -15,7 +17,7 @@ from hydragrad.hypergradient.searching import Search
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.step.forms import form_of
 from hydragrad.step.objective import Point
-from hydragrad.trajectory.moments import Moment
+from hydragrad.trajectory.moments import Moment, advance
 from hydragrad.trajectory.state import State
 
 
@@ -36,6 +38,7 @@ class Sizes:
 class Chosen:
     """The engine with its block, seconds a query and step, seconds a replayed step, sizes, why, where it was tried.
 
+    ``gradient_gap``: how far the gradient that is differentiated there is from the training step's, relatively.
     ``held``: bytes that the engine keeps from block to block of one step.
     """
 
@@ -46,6 +49,7 @@ class Chosen:
     sizes: Sizes
     reasons: tuple[str, ...]
     point: Point
+    gradient_gap: float
     held: int = 0
 
     @property
@@ -79,7 +83,7 @@ def choose(sweep: Sweep, queries: int, method: str, *, memory: int, block: int |
 
     Blocks that are tried take at most half of ``memory`` (bytes), what is chosen as well.
     """
-    point, replay = _probe_point(sweep)
+    point, replay, gap = _probe_point(sweep)
     memo = sweep.run.memo.setdefault(("measured", method, form_of((point.params, point.batch, point.carried), [])), {})
     with sweep.objective.differentiable():
         if "sizes" not in memo:
@@ -90,12 +94,12 @@ def choose(sweep: Sweep, queries: int, method: str, *, memory: int, block: int |
         search = Search(sweep, point, method, memo)
         best = search.best(queries, max(1, memory // 2 // sizes.engine), memory // 4, fixed=block, compile=compile)
     held = best.engine.held(point)
-    return Chosen(best.engine, best.block, best.per_query, replay, sizes, tuple(search.reasons), point, held)
+    return Chosen(best.engine, best.block, best.per_query, replay, sizes, tuple(search.reasons), point, gap, held)
 
 
 def fixed(sweep: Sweep, method: str, engine: str, block: int) -> Chosen:
     """The engine of that name (see ``Fixed``), measured once with that block and compared with nothing."""
-    point, replay = _probe_point(sweep)
+    point, replay, gap = _probe_point(sweep)
     key = ("fixed", method, engine, block, sweep.stop)
     with sweep.objective.differentiable():
         if key not in sweep.run.memo:
@@ -104,11 +108,11 @@ def fixed(sweep: Sweep, method: str, engine: str, block: int) -> Chosen:
         gam = probe_block(point, block)
         products(made, point, gam)  # the first form: it alone is traced or compiled
         seconds = seconds_of(lambda: products(made, replace(point), gam), sweep.replayer.device, repeats=1)
-    return Chosen(made, block, seconds / block, replay, sizes, (), point, made.held(point))
+    return Chosen(made, block, seconds / block, replay, sizes, (), point, gap, made.held(point))
 
 
-def _probe_point(sweep: Sweep) -> tuple[Point, float]:
-    """A point at the last checkpoint before the end, and the seconds of one replayed step there."""
+def _probe_point(sweep: Sweep) -> tuple[Point, float, float]:
+    """A point at the last checkpoint before the end, the seconds of one replayed step there, and its gradient gap."""
     trajectory = sweep.run.trajectory
     starts = [t for t in trajectory.checkpoints if t < sweep.stop]
     # the latest of those with the largest batch: the last batch of an epoch is not what most steps look like
@@ -116,17 +120,23 @@ def _probe_point(sweep: Sweep) -> tuple[Point, float]:
     state, record = trajectory.state(start), trajectory.steps[start]
     replayer = sweep.replayer
 
+    gradient: dict[str, Tensor] = {}
+
     def step() -> None:
         replayer.restore(state)
-        replayer.advance(record)
+        gradient.update(advance(replayer, record))
 
-    key = ("replay", start)
-    if key not in sweep.run.memo or record.random:  # a step that draws leaves its random states with the replayer
-        sweep.run.memo[key] = seconds_of(step, replayer.device, repeats=2)
-    replay: float = sweep.run.memo[key]
-    moment = Moment(record, state_on(state, replayer.device), {}, replayer.batches(record), replayer.random)
-    _, _, point = next(points_of(moment, sweep.objective))
-    return point, replay
+    key = ("probed", start)
+    known = key in sweep.run.memo
+    seconds = 0.0
+    if not known or record.random:  # a step that draws leaves its random states with the replayer
+        seconds = seconds_of(step, replayer.device, repeats=2)
+    moment = Moment(record, state_on(state, replayer.device), gradient, replayer.batches(record), replayer.random)
+    points = [point for _, _, point in points_of(moment, sweep.objective)]
+    if not known:
+        sweep.run.memo[key] = (seconds, gradient_gap(sweep.objective, points, gradient))
+    replay, gap = sweep.run.memo[key]
+    return points[0], replay, gap
 
 
 def state_on(state: State, device: torch.device) -> State:

@@ -104,7 +104,8 @@ def changed_buffers(run: Run, replayer: Replayer, stop: int) -> tuple[tuple[str,
     """Names of the buffers that training changed before step ``stop``: float ones, which carry derivatives; others."""
     first = run.trajectory.state(0).buffers
     last = _state_at(run, replayer, stop).buffers if first else {}
-    changed = [name for name, buffer in first.items() if not torch.equal(buffer.cpu(), last[name].cpu())]
+    names = [name for name in run.trajectory.manifest.buffers if name in first]  # in the model's order
+    changed = [name for name in names if not torch.equal(first[name].cpu(), last[name].cpu())]
     carried = tuple(name for name in changed if first[name].is_floating_point())
     return carried, tuple(name for name in changed if name not in carried)
 

@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 
 from hydragrad.errors import UnsupportedError, message
 from hydragrad.problem import Problem
+from hydragrad.step.buffers import Attached, PureStatistics, running_statistics
 from hydragrad.step.draws import HandOut, captured
 from hydragrad.step.forms import form_of
-from hydragrad.step.normalization import PureStatistics
 
 _HARMLESS = (
     "There is a performance drop because we have not yet implemented the batching rule",  # vmap loops; we measure that
@@ -81,6 +81,7 @@ class Objective:
         self._losses = _Losses(module, problem.loss)
         self.fragile = any(isinstance(part, nn.RNNBase) for part in module.modules())
         self._weight_normed = any(type(part).__name__ == "_WeightNorm" for part in module.modules())
+        self._foreign = not {*carried} <= running_statistics(module)  # buffers that no layer of torch's own changes
         self._modules = dict(module.named_modules())
         self._modes: Mapping[str, bool] | None = None
         self._known_modes = {self._training(): 0}
@@ -133,7 +134,7 @@ class Objective:
         """Per-example losses, and V(w, v): the carried buffers after the forward pass."""
         tensors = self._tensors(params, rest, carried)
         losses = self._run(tensors, batch, HandOut(draws) if draws else None)
-        return losses, self._carried_of(tensors)
+        return losses, self._moved(tensors, params, rest, batch, carried, draws)
 
     def scalar(self, point: Point, params: Vectors, carried: Vectors, weights: Tensor, tau: Vectors) -> Tensor:
         """J + tau . V, at other params, buffers and weights than the point's.
@@ -167,7 +168,7 @@ class Objective:
         leaves, structure = pytree.tree_flatten(calls)
         floats = tuple(leaf for leaf in leaves if _differentiable(leaf))
         others = [structure, [None if _differentiable(leaf) else leaf for leaf in leaves], spans]
-        return floats, others, self._carried_of(tensors)
+        return floats, others, self._moved(tensors, params, rest, batch, carried, draws)
 
     def head(
         self,
@@ -200,6 +201,22 @@ class Objective:
             tensors[f"model.{name}"] = tensors[f"model.{name}"].clone()
         tensors.update({f"model.{name}": v.clone() for name, v in zip(self.carried, carried, strict=True)})
         return tensors
+
+    def _moved(
+        self,
+        tensors: dict[str, Tensor],
+        params: Vectors,
+        rest: dict[str, Tensor],
+        batch: Any,
+        carried: Vectors,
+        draws: Vectors,
+    ) -> Vectors:
+        """V from the ``tensors`` of a forward pass; by one more that detaches nothing, if a layer of the user's may."""
+        if self._foreign:
+            tensors = self._tensors(params, rest, carried)
+            with Attached():
+                self._run(tensors, batch, HandOut(draws) if draws else None)
+        return self._carried_of(tensors)
 
     def _carried_of(self, tensors: dict[str, Tensor]) -> Vectors:
         return tuple(tensors[f"model.{name}"] for name in self.carried)

@@ -1,11 +1,12 @@
-"""Batch and instance normalization in plain operations: differentiable in their running statistics, and pure."""
+"""How a forward pass changes buffers, made differentiable: running statistics, and moving averages of the user's."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 
@@ -60,6 +61,37 @@ class PureStatistics(TorchFunctionMode):
             batch = batch.flatten(1).mean(0) if instance else batch.flatten()
             self._updated[id(held)] = (held, (1 - a) * before + a * batch)
         return _affine(centered, variance, given, channels)
+
+
+@final
+class Attached(TorchFunctionMode):
+    """While it lasts, ``detach``, ``.data`` and ``no_grad`` have no effect.
+
+    Models keep their moving averages outside of autograd, because no gradient of the loss should flow through them; yet
+    the averages depend on the parameters, and that is the derivative asked for.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _DETACHING:
+            return args[0]
+        if func is torch._C._set_grad_enabled:
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+_DETACHING = {torch.detach, Tensor.detach, Tensor.detach_, Tensor.data.__get__}  # type: ignore[attr-defined]
+
+
+def running_statistics(module: nn.Module) -> set[str]:
+    """Names of the buffers that batch and instance normalization layers keep."""
+    return {
+        f"{name}.{buffer}" if name else buffer
+        for name, part in module.named_modules()
+        if isinstance(part, _NormBase)
+        for buffer in ("running_mean", "running_var")
+    }
 
 
 def _affine(centered: Tensor, variance: Tensor, given: dict[str, Any], channels: Sequence[int]) -> Tensor:

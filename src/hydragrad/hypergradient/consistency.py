@@ -1,0 +1,57 @@
+"""Whether the objective that sweeps differentiate is the training step that was taken."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hydragrad.errors import MismatchError, message
+from hydragrad.step.objective import Objective, Point
+from hydragrad.trajectory.agreement import tolerance
+
+
+def gradient_gap(
+    objective: Objective, points: Sequence[Point], gradient: Mapping[str, Tensor], limit: float | None = None
+) -> float:
+    """||g' - g|| / ||g||: the objective's gradient g', summed over a step's micro-batches, against the replayed one.
+
+    ``gradient``: by parameter name, absent where none came; ``limit``: what is more than rounding (None: by dtype; half
+    precision needs a wider one). Raises MismatchError above it: derivatives of another function would be worthless.
+    """
+    total = [torch.zeros_like(p) for p in points[0].params]
+    with objective.differentiable(), torch.enable_grad():
+        for point in points:
+            params = tuple(p.detach().requires_grad_() for p in point.params)
+            scalar = objective.scalar(
+                point, params, point.carried, point.weights, tuple(map(torch.zeros_like, point.carried))
+            )
+            for held, g in zip(total, torch.autograd.grad(scalar, params, materialize_grads=True), strict=True):
+                held += g
+    taken = [gradient.get(name, torch.zeros_like(held)) for name, held in zip(objective.names, total, strict=True)]
+    apart = _norm([a - b for a, b in zip(total, taken, strict=True)])
+    norm = _norm(taken)
+    gap = apart / norm if norm else apart
+    limit = max(tolerance(p.dtype) for p in points[0].params) if limit is None else limit
+    if not gap <= limit:
+        drawn = any(point.draws for point in points)
+        raise MismatchError(
+            message(
+                "the gradient of the loss as it is differentiated here is not the gradient of the training step",
+                expected=f"norm {norm:.6g}, equal to {limit:g} of it",
+                got=f"norm {_norm(total):.6g}, {gap:.2g} of it apart",
+                cause="random numbers that cannot be handed out again (dropout inside a fused attention or recurrent "
+                "kernel), drawn outside of torch, or by a loss that draws differently from call to call"
+                if drawn
+                else "a layer whose form for derivatives differs from its kernel, a step that draws random numbers "
+                "torch does not know of, or autocast",
+                remedy="train with unfused attention (torch.nn.attention.sdpa_kernel(SDPBackend.MATH)) or without that "
+                "dropout"
+                if drawn
+                else "find the layer by training without one after the other for a step, and report it",
+            )
+        )
+    return gap
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return float(torch.stack([x.double().norm() for x in tensors]).norm())
