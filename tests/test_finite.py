@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import hydragrad as hg
 from hydragrad import attributing, vectors
 from hydragrad.hypergradient.finite import FirstBad
+from hydragrad.hypergradient.reverse import Elementwise, Uniform
 from hydragrad.verification import verify
 from tests.hypergradient.recorded import EPOCHS, recipe_of, recorded
 from tests.tolerances import SAME, assert_close
@@ -129,16 +130,21 @@ def test_the_first_bad_tensor_is_named_whatever_follows(bad: float) -> None:
     assert seen.first() == (8, ["b"])
 
 
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 @pytest.mark.parametrize("method", ["exact", "gauss-newton", "hessian-free"])
 def test_an_adjoint_that_is_not_finite_is_named_with_its_first_step(
-    method: str, run: hg.Run, monkeypatch: pytest.MonkeyPatch
+    method: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run = recorded(recipe_of(PROBLEM, optimizer, {"lr": 0.01}), tmp_path / "run")
     real = attributing._Watch.__call__
 
     def watch(self: Any, step: int, adjoint: Any) -> None:
         self.every = 100  # it is found at the end, and was noticed at its step
         if step == 4:
-            adjoint.lam[1][0, 0] = float("nan")
+            if isinstance(adjoint, Uniform):
+                adjoint.lam[1] = float("nan")
+            else:
+                (adjoint.ones if isinstance(adjoint, Elementwise) else adjoint).lam[1].view(-1)[0] = float("nan")
         real(self, step, adjoint)
 
     monkeypatch.setattr(attributing._Watch, "__call__", watch)

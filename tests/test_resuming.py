@@ -18,6 +18,7 @@ from hydragrad import attributing, planning
 from hydragrad.files import dumps, loads, sha256
 from hydragrad.hypergradient import exact
 from hydragrad.hypergradient.choosing import Fixed
+from hydragrad.hypergradient.naming import name_of, named
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.hypergradient.tracing import Traced, TracedFunction
 from hydragrad.journal import sealed
@@ -451,6 +452,19 @@ def test_every_engine_is_found_again_by_its_name(kind: str, name: str, run: hg.R
     assert plan.fixed == Fixed(f"{kind}:{name}", 2, 5, 4)
     assert (plan.block, plan.carried, plan.segment, plan.sweeps) == (2, 5, 4, 3)
     assert name in plan.engine
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("gauss-newton", "plain:output-jacobian"), ("hessian-free", "plain:per-example-gradients"),
+     ("gauss-newton", "traced:jvp-then-vjp"), ("exact", "compiled:forward-over-reverse")],
+)  # fmt: skip
+def test_no_part_of_an_engine_made_by_name_remembers_what_was_called(method: str, name: str, run: hg.Run) -> None:
+    engine = named(Sweep.of(run).objective, method, name)
+    assert name_of(engine) == name
+    functions = [part for part in vars(engine).values() if isinstance(part, TracedFunction)]
+    assert functions
+    assert all(function.settled for function in functions)
 
 
 def test_the_first_call_uses_the_engine_that_a_later_one_will_make(run: hg.Run, monkeypatch: Any) -> None:

@@ -261,7 +261,7 @@ class _Watch:
 
     def __call__(self, step: int, adjoint: Adjoint | Direction) -> None:
         self.bar.update()
-        self._bad.see(step, adjoint.lam)
+        self._bad.see(step, adjoint.parts())
         if step % self.every and step:
             return
         assert self._first is not None
@@ -271,7 +271,7 @@ class _Watch:
                 message(
                     f"the adjoint is not finite at step {at}, first in parameter {names[0]!r}",
                     expected="finite derivatives back to the first step",
-                    got=f"NaN or infinity in {len(names)} of {len(adjoint.lam)} parameters",
+                    got=f"NaN or infinity in {len(names)} of {len(adjoint.parts())} parameters",
                     cause="an unstable run: its derivative grows at every step back",
                     remedy="try method='gauss-newton' or 'hessian-free', or ask an earlier step with step=",
                 )

@@ -40,6 +40,10 @@ class Adjoint:
         """||lam_q||, [Q]."""
         return torch.stack([x.flatten(1).norm(dim=1) for x in self.lam]).norm(dim=0)
 
+    def parts(self) -> Sequence[Tensor]:
+        """What must stay finite, a tensor for each parameter."""
+        return self.lam
+
     def rows(self, chosen: slice) -> "Adjoint":
         """Some of the queries, as views."""
         sig = [{slot: x[chosen] for slot, x in slots.items()} for slots in self.sig]
@@ -123,6 +127,10 @@ class Direction(abc.ABC):
     def norms(self) -> Tensor:
         """The direction's norm, [1]."""
 
+    @abc.abstractmethod
+    def parts(self) -> Sequence[Tensor]:
+        """What must stay finite, a tensor for each parameter."""
+
 
 @final
 class Uniform(Direction):
@@ -145,6 +153,9 @@ class Uniform(Direction):
     def norms(self) -> Tensor:
         return torch.tensor([math.hypot(*self.lam)], dtype=torch.float64)
 
+    def parts(self) -> Sequence[Tensor]:
+        return torch.tensor(self.lam, dtype=torch.float64).unbind()
+
 
 @final
 class Elementwise(Direction):
@@ -160,6 +171,9 @@ class Elementwise(Direction):
 
     def norms(self) -> Tensor:
         return self.ones.norms()
+
+    def parts(self) -> Sequence[Tensor]:
+        return self.ones.lam
 
 
 def direction_of(adjoint: Adjoint, optimizer: OptimizerMap) -> Direction:
