@@ -53,7 +53,9 @@ def planned(sweep, point, monkeypatch):
 
     def make(sizes: Sizes, queries: int, memory: int, rows: int = N_TRAIN, block: int = 16) -> hg.Plan:
         def chosen(*_: Any, **__: Any) -> Chosen:
-            return Chosen(exact.ReverseOverReverse(sweep.objective), min(block, queries), 1e-3, 2e-3, sizes, (), point)
+            return Chosen(
+                exact.ReverseOverReverse(sweep.objective), min(block, queries), 1e-3, 2e-3, sizes, (), point, 0.0
+            )
 
         monkeypatch.setattr("hydragrad.planning.choose", chosen)
         return plan_sweep(sweep, queries, "exact", rows=rows, memory=memory, block=None, compile=False)

@@ -29,6 +29,9 @@ from hydragrad.trajectory.moments import Backwards
 DRIFT = {torch.float32: 1e-4, torch.float64: 1e-10}
 """Relative drift of a replay from the record that is still rounding."""
 
+_LOOKED_AT_ALWAYS = 2**21
+"""Numbers of adjoints up to which every step is looked at; a pass over more costs, and fifty times a sweep it is."""
+
 
 def attribute(
     run: Run,
@@ -249,9 +252,11 @@ class _Watch:
         self.growth, self.drift = 0.0, dict[int, float]()
         self.bar = tqdm(total=steps * sweeps, desc="sweeping back", unit="step", delay=2, disable=not progress)
         self._first: Tensor | None = None
+        self._small = True
 
     def begin(self, adjoint: Adjoint | Direction) -> None:
         self._first = adjoint.norms()
+        self._small = sum(x.numel() for x in adjoint.parts()) <= _LOOKED_AT_ALWAYS
 
     def skip(self, steps: int, piece: Piece) -> None:
         """A piece was finished by an earlier call."""
@@ -261,8 +266,10 @@ class _Watch:
 
     def __call__(self, step: int, adjoint: Adjoint | Direction) -> None:
         self.bar.update()
-        self._bad.see(step, adjoint.parts())
-        if step % self.every and step:
+        looked_at = not step % self.every
+        if looked_at or self._small:
+            self._bad.see(step, adjoint.parts())
+        if not looked_at:
             return
         assert self._first is not None
         if found := self._bad.first():

@@ -50,7 +50,7 @@ class Diagnostics:
     examples: tuple[int, ...] = ()
     seed: int = 0
     derivative_error: float | None = None
-    gradient_gap: float = float("nan")
+    gradient_gap: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -63,7 +63,7 @@ class Diagnostics:
         return self.ladder[-1].error if self.ladder else float("nan")
 
     def __str__(self) -> str:
-        gap = "" if self.gradient_gap != self.gradient_gap else f", gradient gap {self.gradient_gap:.1e}"
+        gap = "" if self.gradient_gap is None else f", gradient gap {self.gradient_gap:.1e}"
         lines = [
             f"{self.method}: {self.verdict}",
             f"  {self.seconds:.1f} s, {self.ratio:.1f} times one replay; check {self.check_seconds:.1f} s",

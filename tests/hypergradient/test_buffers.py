@@ -89,8 +89,9 @@ def test_frozen_statistics(name, step, method, tmp_path):
 
 def test_modes_that_alternate(tmp_path, monkeypatch):
     """A traced graph holds for the modes in which it was traced."""
-    monkeypatch.setattr("hydragrad.hypergradient.choosing._SHARE", 1e9)
-    monkeypatch.setattr("hydragrad.hypergradient.choosing._TRACING_SHARE", 1e9)
+    for share in ("_SHARE", "_FIRST_SHARE"):
+        monkeypatch.setattr(f"hydragrad.hypergradient.searching.{share}", 1e9)
+    monkeypatch.setattr("hydragrad.hypergradient.searching._TRACED", 1)
     monkeypatch.setattr("hydragrad.hypergradient.tracing._RARE", 1)
     problem = case("batchnorm")
 

@@ -38,7 +38,7 @@ def simplified(module: GraphModule) -> GraphModule:
     Random operations stay as they are.
     """
     graph = module.graph
-    if any(_in_place(node) for node in graph.nodes):
+    if changes_in_place(module):
         return module
     zeros: set[Node] = set()
     seen: dict[Any, Node] = {}
@@ -60,8 +60,10 @@ def simplified(module: GraphModule) -> GraphModule:
     return module
 
 
-def _in_place(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+def changes_in_place(module: GraphModule) -> bool:
+    """Whether an operation of the graph writes into its input."""
+    calls = (node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+    return any(target._schema.is_mutable for target in calls)
 
 
 def _value(node: Any) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from hydragrad.hypergradient.curvature import Engine, Products
-from hydragrad.hypergradient.simplify import simplified
+from hydragrad.hypergradient.simplify import changes_in_place, simplified
 from hydragrad.step.forms import form_of
 from hydragrad.step.objective import Point, Vectors
 
@@ -97,8 +97,15 @@ class Traced(Engine):
 
 
 def _functional_graph(flat: Callable[..., list[Any]], tensors: list[Tensor]) -> GraphModule:
-    """The traced graph, changes in place rewritten where torch can."""
+    """The traced graph; changes in place that it holds are rewritten where torch can.
+
+    It is the finished graph that is made functional, not the function: modes that are active while that runs (random
+    numbers handed out) do not bear the transform.
+    """
+    graph = make_fx(flat)(*tensors)
+    if not changes_in_place(graph):
+        return graph
     try:
-        return make_fx(torch.func.functionalize(flat))(*tensors)
+        return make_fx(torch.func.functionalize(graph))(*tensors)
     except (RuntimeError, NotImplementedError):
-        return make_fx(flat)(*tensors)
+        return graph
