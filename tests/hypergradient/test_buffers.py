@@ -192,10 +192,12 @@ def test_derivatives_of_buffers_are_checked(name, method, tmp_path, monkeypatch)
 
 
 class Still(PureStatistics):  # type: ignore[misc]
-    """Statistics that are constants, as torch's kernels take them."""
+    """Frozen statistics that are constants, as torch's kernels take them."""
 
-    def after(self, statistic: Tensor) -> Tensor:
-        return super().after(statistic).detach()
+    def _normalized(self, given: dict[str, Any], instance: bool) -> Tensor:
+        if not given.get("training", given.get("use_input_stats")):
+            given = {**given, **{name: given[name].detach() for name in ("running_mean", "running_var")}}
+        return super()._normalized(given, instance)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -313,3 +315,51 @@ def test_states_and_the_model_are_not_written_to(name, tmp_path):
                 kind(sweep.objective).products(point, block(point.params, 1), block(point.carried, 1))
     values(run, problem.queries)
     assert all(torch.equal(x, y) for x, y in zip(held, before, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Around the sweeps
+
+
+def test_kept_vectors_come_with_their_buffers(tmp_path):
+    problem = case("batchnorm")
+    run = recorded(recipe_of(problem), tmp_path / "run")
+    made = hg.hypergradients(run, EXAMPLES, path=tmp_path / "kept", progress=False)
+    assert made.buffers.shape == (4, 12)
+    opened = hg.Hypergradients.load(tmp_path / "kept", run)
+    assert torch.equal(opened.vectors, made.vectors)
+    assert torch.equal(opened.buffers, made.buffers)
+    expected = unroll(recipe_of(problem)).scores(problem.queries)[EXAMPLES]
+    assert_close(opened.scores(problem.queries).values, expected, ORACLE)
+    (tmp_path / "kept" / "buffers.bin").write_bytes(b"short")
+    with pytest.raises(hg.StoreError, match=r"buffers\.bin is damaged.*Expected: 384 bytes.*Got: 5"):
+        hg.Hypergradients.load(tmp_path / "kept", run)
+
+
+def test_the_checks_of_an_attribution_pass(tmp_path):
+    problem = case("conv_batchnorm_dropout")
+    run = recorded(recipe_of(problem, hyper={"lr": 0.01}), tmp_path / "run")
+    for method in METHODS:
+        found = hg.attribute(run, problem.queries, method=method).diagnostics
+        assert found.derivative_error is not None
+        assert found.derivative_error < 1e-6
+        assert found.gradient_gap < 1e-12
+        assert f"gradient gap {found.gradient_gap:.1e}" in str(found)
+        assert found.drift == 0.0
+        if method == "exact":
+            assert found.ladder[0].error < 0.05
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_synchronized_normalization_is_refused(training, tmp_path):
+    recipe = replace(
+        recipe_of(case("batchnorm")), model=nn.SyncBatchNorm.convert_sync_batchnorm(case("batchnorm").build())
+    )
+    run = recorded(replace(recipe, modes=frozen_from(7 if training else 0)), tmp_path / "run")
+    if training:
+        with pytest.raises(hg.UnsupportedError, match=r"'1' is a SyncBatchNorm.*Expected: .*one process.*Remedy: "):
+            hg.attribute(run, case("batchnorm").queries)
+    else:
+        frozen = recorded(recipe_of(case("batchnorm"), modes=frozen_from(0)), tmp_path / "frozen")
+        queries = case("batchnorm").queries
+        assert_close(values(run, queries), values(frozen, queries), SAME)

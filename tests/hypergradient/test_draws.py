@@ -165,7 +165,8 @@ def test_draws_come_from_the_state_of_the_micro_batch(place):
     torch.rand(1)
     elsewhere = torch.get_rng_state()
     _, batch = moment.batches[0]
-    with torch.no_grad(), state.restored():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
         tensors = dict(zip(objective.names, (moment.state.params[n] for n in objective.names), strict=True))
         expected = classification(lambda x: torch.func.functional_call(objective.module, tensors, x), batch)
     moment = replace(moment, random=(state,))

@@ -24,6 +24,7 @@ OPERATIONS = {
     "bernoulli": lambda: torch.bernoulli(POSITIVE / 2),
     "bernoulli_": lambda: torch.empty(3).bernoulli_(torch.tensor([0.2, 0.5, 0.8])),
     "rand": lambda: torch.rand(2, 3) + torch.rand((2, 3), dtype=torch.float64),
+    "rand, then in place": lambda: torch.rand(3).mul_(2) + torch.bernoulli(POSITIVE / 2)[0, :3].div_(0.5),
     "rand_like": lambda: torch.rand_like(X) + torch.rand_like(X, dtype=torch.float32),
     "randn": lambda: torch.randn(2, 3) @ torch.randn((3,)),
     "randint": lambda: torch.randint(7, (3,)) + torch.randint(2, 9, (3,), dtype=torch.int32),
