@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import joblib
 import matplotlib.image
 import pytest
 import torch
@@ -288,6 +289,33 @@ def test_the_recorded_end_is_compared_bit_for_bit(run: hg.Run) -> None:
     retrainer = Retrainer(question, run)
     assert retrainer.outcome(Change(), early=True, threads=1).bitwise
     assert not retrainer.outcome(Change((2,), 1 + 1e-3), early=True, threads=1).bitwise
+    end = run.trajectory.state(run.num_steps)
+    last = list(end.params)[-1]
+    assert retrainer._is_recorded(end)
+    assert not retrainer._is_recorded(replace(end, params=end.params | {last: end.params[last] + 1e-6}))
+
+
+def test_threads_are_those_asked_for_while_retraining(
+    run: hg.Run, scores: hg.Attribution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    measured = Retrainer.measured
+
+    def watched(self: Retrainer, state: hg.State) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return measured(self, state)
+
+    monkeypatch.setattr(Retrainer, "measured", watched)
+    before = torch.get_num_threads()
+    with joblib.parallel_config(backend="threading"):
+        torch.set_num_threads(3)
+        try:
+            hg.validate(run, scores, TASK.test, n=2, jobs=2, **QUIET)
+            assert torch.get_num_threads() == 3
+            hg.validate(run, scores, TASK.test, n=1, jobs=1, **QUIET)
+        finally:
+            torch.set_num_threads(before)
+    assert seen == [1] * 4 + [3] * 3, "the plan's measurement, as trained, and each change"
 
 
 def test_diverged_retrainings_are_left_out_and_told(run: hg.Run, scores: hg.Attribution) -> None:
