@@ -234,7 +234,9 @@ def test_another_run_is_refused(run: hg.Run, scores: hg.Attribution, tmp_path: P
         hg.validate(other, scores, TASK.test, n=1, resume=tmp_path / "kept", **QUIET)
 
 
-def test_the_folder_keeps_its_number_of_threads(run: hg.Run, scores: hg.Attribution, tmp_path: Path) -> None:
+def test_the_folder_keeps_its_number_of_threads(
+    run: hg.Run, scores: hg.Attribution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     threads = torch.get_num_threads()
     hg.validate(run, scores, TASK.test, n=1, resume=tmp_path, **QUIET)
     question = json.loads((tmp_path / "question.json").read_text())
@@ -242,7 +244,12 @@ def test_the_folder_keeps_its_number_of_threads(run: hg.Run, scores: hg.Attribut
     (tmp_path / "question.json").write_text(json.dumps(question))
     for file in tmp_path.glob("*.safetensors"):
         file.unlink()
+    seen, measured = [], Retrainer.measured
+    monkeypatch.setattr(
+        Retrainer, "measured", lambda self, state: seen.append(torch.get_num_threads()) or measured(self, state)
+    )
     assert hg.validate(run, scores, TASK.test, n=1, resume=tmp_path, **QUIET).threads == threads + 1
+    assert seen[-2:] == [threads + 1] * 2, "as trained, and the change"
     assert torch.get_num_threads() == threads
 
 
