@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import joblib
 import matplotlib.image
 import pytest
 import torch
@@ -233,7 +234,9 @@ def test_another_run_is_refused(run: hg.Run, scores: hg.Attribution, tmp_path: P
         hg.validate(other, scores, TASK.test, n=1, resume=tmp_path / "kept", **QUIET)
 
 
-def test_the_folder_keeps_its_number_of_threads(run: hg.Run, scores: hg.Attribution, tmp_path: Path) -> None:
+def test_the_folder_keeps_its_number_of_threads(
+    run: hg.Run, scores: hg.Attribution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     threads = torch.get_num_threads()
     hg.validate(run, scores, TASK.test, n=1, resume=tmp_path, **QUIET)
     question = json.loads((tmp_path / "question.json").read_text())
@@ -241,7 +244,12 @@ def test_the_folder_keeps_its_number_of_threads(run: hg.Run, scores: hg.Attribut
     (tmp_path / "question.json").write_text(json.dumps(question))
     for file in tmp_path.glob("*.safetensors"):
         file.unlink()
+    seen, measured = [], Retrainer.measured
+    monkeypatch.setattr(
+        Retrainer, "measured", lambda self, state: seen.append(torch.get_num_threads()) or measured(self, state)
+    )
     assert hg.validate(run, scores, TASK.test, n=1, resume=tmp_path, **QUIET).threads == threads + 1
+    assert seen[-2:] == [threads + 1] * 2, "as trained, and the change"
     assert torch.get_num_threads() == threads
 
 
@@ -288,6 +296,33 @@ def test_the_recorded_end_is_compared_bit_for_bit(run: hg.Run) -> None:
     retrainer = Retrainer(question, run)
     assert retrainer.outcome(Change(), early=True, threads=1).bitwise
     assert not retrainer.outcome(Change((2,), 1 + 1e-3), early=True, threads=1).bitwise
+    end = run.trajectory.state(run.num_steps)
+    last = list(end.params)[-1]
+    assert retrainer._is_recorded(end)
+    assert not retrainer._is_recorded(replace(end, params=end.params | {last: end.params[last] + 1e-6}))
+
+
+def test_threads_are_those_asked_for_while_retraining(
+    run: hg.Run, scores: hg.Attribution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    measured = Retrainer.measured
+
+    def watched(self: Retrainer, state: hg.State) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return measured(self, state)
+
+    monkeypatch.setattr(Retrainer, "measured", watched)
+    before = torch.get_num_threads()
+    with joblib.parallel_config(backend="threading"):
+        torch.set_num_threads(3)
+        try:
+            hg.validate(run, scores, TASK.test, n=2, jobs=2, **QUIET)
+            assert torch.get_num_threads() == 3
+            hg.validate(run, scores, TASK.test, n=1, jobs=1, **QUIET)
+        finally:
+            torch.set_num_threads(before)
+    assert seen == [1] * 4 + [3] * 3, "the plan's measurement, as trained, and each change"
 
 
 def test_diverged_retrainings_are_left_out_and_told(run: hg.Run, scores: hg.Attribution) -> None:

@@ -97,7 +97,7 @@ def self_influence(run: Run, most: int = MOST) -> Float[Tensor, " N"]:
         with kept_random_state():
             for first in range(0, queries.count, _GRADIENTS):
                 chosen = slice(first, min(first + _GRADIENTS, queries.count))
-                for part in queries.sensitivities(state, columns, chosen):
+                for part in queries.sensitivities(state, columns, chosen)[0]:
                     total[chosen] += part.flatten(1).square().sum(1).cpu().to(total.dtype)
     return total / count
 
