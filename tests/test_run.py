@@ -197,13 +197,6 @@ def test_an_unknown_optimizer_is_named_at_load(tmp_path: Path) -> None:
         bind(tmp_path / "run")
 
 
-def test_dropout_is_named_as_the_cause(tmp_path: Path) -> None:
-    model = nn.Sequential(make_model(), nn.Dropout(0.5))
-    record_run(tmp_path / "run", model, epochs=1)
-    with pytest.raises(MismatchError, match=r"step 0 differs.*random numbers were drawn inside the step"):
-        bind(tmp_path / "run", model=nn.Sequential(make_model(), nn.Dropout(0.5)))
-
-
 def test_reduction_in_numbers() -> None:
     values = torch.tensor([[1.0, 2.0], [3.0, 6.0]], requires_grad=True)
     weights = torch.tensor([1.0, 0.5])

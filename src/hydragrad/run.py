@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
 from hydragrad.errors import MismatchError, message
 from hydragrad.problem import Coefficients, Loss, Problem, Reduction
 from hydragrad.trajectory.binding import check_data, check_model, choose_collate, choose_reduction
+from hydragrad.trajectory.randomness import undisturbed
 from hydragrad.trajectory.replay import Replayer, check_weights
 from hydragrad.trajectory.state import State, StepRecord
 from hydragrad.trajectory.store import Trajectory
@@ -44,9 +44,8 @@ def load(
 
 
 def kept_random_state() -> Any:
-    """A context that leaves torch's random state as it found it."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    return torch.random.fork_rng(devices=devices)
+    """A context that leaves the random states of torch, numpy and Python as it found them."""
+    return undisturbed()
 
 
 @final

@@ -74,8 +74,8 @@ def test_altered_journal_manifest_and_version_are_refused(run_folder: Path) -> N
     manifest.write_text(described.replace('"data_length":22', '"data_length":23'))
     with pytest.raises(StoreError, match=r"line 1 of .*journal.jsonl does not follow.*manifest"):
         Trajectory(run_folder)
-    manifest.write_text(described.replace('"version":1', '"version":99'))
-    with pytest.raises(StoreError, match=r"another format version.*version 1.*version 99"):
+    manifest.write_text(described.replace('"version":2', '"version":99'))
+    with pytest.raises(StoreError, match=r"another format version.*version 1 or 2.*version 99"):
         Trajectory(run_folder)
     manifest.write_text(described[:40])
     with pytest.raises(StoreError, match=r"manifest.json cannot be read"):

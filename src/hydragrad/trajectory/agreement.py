@@ -43,8 +43,11 @@ def explain_gradient(recorded: Tensor, replayed: Tensor, step: int, examples: in
         summary = f"the replayed gradient at step {step} is {factor:.4g} times {word} than the recorded one"
     elif random:
         summary = f"the replayed gradient at step {step} differs from the recorded one"
-        cause = "torch's random numbers were drawn inside the step (dropout, augmentation in the loop)"
-        remedy = "train without them, or draw them in the data set or before the batch is yielded"
+        cause = (
+            "random numbers were drawn inside the step otherwise than in the loss given here (noise or mixup in the "
+            "loop itself), or from a generator of one's own"
+        )
+        remedy = "draw them inside loss(model, batch), from the global generators of torch, numpy or Python"
     else:
         summary = f"the replayed gradient at step {step} differs from the recorded one, not only in scale"
         cause = "another loss or model code than in the recorded loop, or gradients changed before the step (clipping)"

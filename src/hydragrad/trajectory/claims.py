@@ -17,6 +17,7 @@ class PendingBatch:
     epoch: int
     loader: int
     backward: bool = False
+    drawn: Any = None  # see RandomWatch.end
 
 
 @final
@@ -28,7 +29,6 @@ class Gathered:
     skipped: list[Tensor] = field(default_factory=list)
     backwards: int = 0
     seen: int = 0  # batches that were there at the last backward pass
-    random: bool = False
 
     def zeroed(self) -> None:
         """Gradients were thrown away: what had gone into them is skipped."""

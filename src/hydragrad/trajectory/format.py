@@ -12,10 +12,14 @@ from typing import Any, final
 import torch
 
 from hydragrad.errors import StoreError
-from hydragrad.files import broken_file, dumps, load_tensors, save_tensors, sha256, write_atomically
+from hydragrad.files import broken_file, load_tensors, save_tensors, sha256, write_atomically
+from hydragrad.trajectory.randomness import RandomState
 from hydragrad.trajectory.state import State, StepRecord
+from hydragrad.trajectory.tables import Table, decode_draws, encode_draws
 
-VERSION = 1
+VERSION = 2
+"""Written. Version 1 (no random states) is read too."""
+READABLE = (1, 2)
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", "recording.lock"
 
 
@@ -63,15 +67,20 @@ def encode_state(state: State) -> bytes:
     tensors |= {f"buffer:{name}": tensor for name, tensor in state.buffers.items()}
     for name, slots in state.optimizer.items():
         tensors |= {f"optimizer:{slot}:{name}": tensor for slot, tensor in slots.items()}
+    if state.random is not None:
+        tensors |= {f"random:{name}": tensor for name, tensor in state.random.tensors().items()}
     return save_tensors(tensors, {"step": state.step})
 
 
 def decode_state(path: Path, data: bytes) -> State:
     """Inverse of ``encode_state``."""
     tensors, tables = load_tensors(path, data)
-    state = State(tables["step"], {}, {}, {})
+    random = {key.split(":")[1]: tensor for key, tensor in tensors.items() if key.startswith("random:")}
+    state = State(tables["step"], {}, {}, {}, RandomState.of(random) if random else None)
     for key, tensor in tensors.items():
         kind, rest = key.split(":", 1)
+        if kind == "random":
+            continue
         if kind == "optimizer":
             slot, name = rest.split(":", 1)
             state.optimizer.setdefault(name, {})[slot] = tensor
@@ -85,13 +94,13 @@ _CAT = torch.zeros(0, dtype=torch.int64)
 
 def encode_steps(steps: list[StepRecord]) -> bytes:
     """A segment of steps: arrays as tensors; what rarely changes as tables that the steps point into."""
-    groups, without, modes = _Table(), _Table(), _Table()
+    groups, without, modes = Table(), Table(), Table()
     pointers = [
         (
             step.index,
             len(step.batches),
             len(step.skipped),
-            int(step.random),
+            int(step.random),  # all that the first version said of randomness
             groups.place(step.groups),
             without.place(sorted(step.without_grad)),
             modes.place(dict(step.modes)),
@@ -111,6 +120,7 @@ def encode_steps(steps: list[StepRecord]) -> bytes:
         "skipped_lengths": torch.tensor([len(batch) for batch in skipped], dtype=torch.int64),
         "fingerprints": torch.stack([step.fingerprint.to("cpu", torch.float64) for step in steps]),
     }
+    tensors |= encode_draws([draw for step in steps for draw in (step.draws or (None,) * len(step.batches))])
     return save_tensors(tensors, {"groups": groups.rows, "without_grad": without.rows, "modes": modes.rows})
 
 
@@ -124,6 +134,7 @@ def decode_steps(path: Path, data: bytes) -> list[StepRecord]:
     ids, digests = tensors["ids"].split(lengths), tensors["digests"].split(lengths)
     skipped = tensors["skipped_ids"].split(tensors["skipped_lengths"].tolist())
     epochs, loaders = tensors["epochs"].tolist(), tensors["loaders"].tolist()
+    draws = decode_draws(tensors, len(lengths))
     steps, at, skipped_at = [], 0, 0
     for k, (index, count, skips, random, group, none, mode) in enumerate(tensors["steps"].tolist()):
         here, there = slice(at, at + count), slice(skipped_at, skipped_at + skips)
@@ -137,27 +148,11 @@ def decode_steps(path: Path, data: bytes) -> list[StepRecord]:
                 groups=groups[group],
                 without_grad=without[none],
                 fingerprint=tensors["fingerprints"][k],
-                random=bool(random),
                 modes=modes[mode],
                 epochs=tuple(epochs[here]),
                 loaders=tuple(loaders[here]),
                 skipped=tuple(skipped[there]),
+                draws=tuple(draws[here] if "draws" in tensors or not random else [{}] * count),
             )
         )
     return steps
-
-
-@final
-class _Table:
-    """Distinct rows in order of appearance."""
-
-    def __init__(self) -> None:
-        self.rows: list[Any] = []
-        self._places: dict[str, int] = {}
-
-    def place(self, row: Any) -> int:
-        key = dumps(row)
-        if key not in self._places:
-            self._places[key] = len(self.rows)
-            self.rows.append(row)
-        return self._places[key]

@@ -20,7 +20,8 @@ _Revisited = tuple[State, dict[str, Tensor], tuple[RandomState | None, ...]]
 class Moment:
     """One step revisited: its record, the state before it, its gradient by parameter name, its micro-batches.
 
-    ``random``: the state that each micro-batch's random numbers were drawn from, None where none were.
+    ``random``: the state from which each micro-batch drew in the replay (None: nothing was drawn), for whoever
+    must draw the same again.
     """
 
     record: StepRecord

@@ -16,6 +16,7 @@ from hydragrad.trajectory.fingerprints import GradientFingerprint, batch_digests
 from hydragrad.trajectory.format import VERSION
 from hydragrad.trajectory.loaders import WatchedBatches, WatchedLoader
 from hydragrad.trajectory.optimizers import group_names, hyperparameters
+from hydragrad.trajectory.randomness import DrawWriter, RandomState, RandomWatch
 from hydragrad.trajectory.state import Hyper, Manifest, State, StepRecord, capture_state
 from hydragrad.trajectory.writer import StoreWriter
 
@@ -84,7 +85,7 @@ class Recording:
         self._initial: State | None = None
         self._batch_leaves: list[dict[str, Any]] = []
         self._now = Gathered()
-        self._rng: tuple[Any, ...] | None = None
+        self._random, self._draws = RandomWatch(self._device), DrawWriter()
         self._last_groups: tuple[Hyper, ...] = ()
         self._last_modes: tuple[list[bool], dict[str, bool]] = ([], {})
         self._last_none: frozenset[str] = frozenset()
@@ -179,14 +180,15 @@ class Recording:
             if self._initial is None:
                 self._initial, self._batch_leaves = self._capture(), describe_batch(batch)
             self._now.batches.append(PendingBatch(ids, batch_digests(batch, len(ids)), epoch, place))
-            self._rng = _rng_mark(self._device)
+            self._random.begin()
             yield batch
-            self._note_randomness()
+            self._end_batch()
 
-    def _note_randomness(self) -> None:
-        if self._rng is not None and not self._now.random:
-            self._now.random = self._rng != _rng_mark(self._device)
-        self._rng = None
+    def _end_batch(self) -> None:
+        """The loop went on from the last yielded batch: to its step, or to the next batch."""
+        drawn = self._random.end()
+        if drawn is not None and self._now.batches:
+            self._now.batches[-1].drawn = drawn
 
     def _backward_seen(self, fresh: bool) -> None:
         """A backward pass reached the parameters; ``fresh``: into gradients that had been zeroed before."""
@@ -209,7 +211,7 @@ class Recording:
                     remedy="use an optimizer whose step() takes no closure",
                 )
             )
-        self._note_randomness()
+        self._end_batch()
         batches = self._now.claim()
         if not batches:
             raise MismatchError(
@@ -235,11 +237,11 @@ class Recording:
             groups=self._groups(),
             without_grad=self._last_none,
             fingerprint=self._fingerprint(grads),
-            random=self._now.random,
             modes=self._modes(),
             epochs=tuple(batch.epoch for batch in batches),
             loaders=tuple(batch.loader for batch in batches),
             skipped=tuple(self._now.skipped),
+            draws=tuple(self._draws.draw(batch.drawn) for batch in batches),
         )
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -255,9 +257,11 @@ class Recording:
         if self._steps:
             self._writer.flush(self._steps, state)
             self._steps = []
+            self._draws.forget()
 
     def _capture(self) -> State:
-        return capture_state(self._count, self._params, self._buffers, self._optimizer)
+        random = RandomState.capture(self._device)
+        return capture_state(self._count, self._params, self._buffers, self._optimizer, random)
 
     def _groups(self) -> tuple[Hyper, ...]:
         groups = hyperparameters(self._optimizer, self._group_names)
@@ -316,12 +320,3 @@ class RecordedBatches:
 
 def _spec(tensor: Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-
-
-def _rng_mark(device: torch.device) -> tuple[Any, ...]:
-    """A mark of torch's default random state that differs once a number was drawn."""
-    mark: tuple[Any, ...] = (torch.get_rng_state().numpy().tobytes(),)
-    if device.type == "cuda":  # seed and offset live on the host: nothing is waited for
-        generator = torch.cuda.default_generators[device.index or 0]
-        mark += (generator.initial_seed(), generator.get_offset())
-    return mark

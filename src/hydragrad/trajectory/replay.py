@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, final
 
 import torch
@@ -14,7 +13,7 @@ from hydragrad.trajectory.agreement import explain_data, explain_gradient, gradi
 from hydragrad.trajectory.batches import BatchSource
 from hydragrad.trajectory.fingerprints import GradientFingerprint, batch_digests
 from hydragrad.trajectory.optimizers import build_optimizer, restore_optimizer
-from hydragrad.trajectory.randomness import RandomState
+from hydragrad.trajectory.randomness import DrawReader, RandomState
 from hydragrad.trajectory.state import Hyper, State, StepRecord, capture_state
 from hydragrad.trajectory.store import Trajectory
 
@@ -40,7 +39,9 @@ class Replayer:
 
     On the machine that recorded, bit for bit. ``check``: compare each batch's content and each gradient with the
     record; a difference raises MismatchError in words (steps that drew random numbers are always compared).
-    ``differences``: step -> relative difference of its gradient, for compared steps that were not equal bit for bit.
+    ``differences``: step -> relative difference of its gradient, for compared steps that were not equal bit for bit;
+    ``random``: the state from which each micro-batch of the last step drew, None where it drew nothing. Random numbers
+    are those of the recording, also with weights, and the caller's generators are left alone.
     Example: ``r = Replayer(problem, trajectory); r.restore(trajectory.state(0)); r.advance(trajectory.steps[0])``.
     """
 
@@ -48,6 +49,7 @@ class Replayer:
         manifest = trajectory.manifest
         self.module: nn.Module = copy.deepcopy(problem.model)
         self.differences: dict[int, float] = {}
+        self.random: tuple[RandomState | None, ...] = ()
         self._problem, self._trajectory, self._check = problem, trajectory, check
         self._params = dict(self.module.named_parameters())
         self._buffers = dict(self.module.named_buffers())
@@ -55,8 +57,7 @@ class Replayer:
         self.device = next((param.device for param in self._params.values()), torch.device("cpu"))
         self.source = BatchSource(problem.data, problem.collate, self.device, manifest.collate["mode"])
         self._fingerprint = GradientFingerprint([param.numel() for param in self._params.values()])
-        self.random: tuple[RandomState | None, ...] = ()
-        """The state that each micro-batch of the latest step drew its random numbers from, None where it drew none."""
+        self._draws = DrawReader(self.device)
         self._step = 0
         self._groups: tuple[Hyper, ...] | None = None
         self._modes: Mapping[str, bool] | None = None
@@ -80,11 +81,13 @@ class Replayer:
         for name, buffer in self._buffers.items():
             buffer.copy_(state.buffers[name])
         restore_optimizer(self._optimizer, state.optimizer, self._params)
+        self._draws.ends = {} if state.random is None else state.random.tensors()
         self._step = state.step
 
     def state(self) -> State:
         """Where it stands, as detached clones."""
-        return capture_state(self._step, self._params, self._buffers, self._optimizer)
+        random = RandomState.of(self._draws.ends, self.device)
+        return capture_state(self._step, self._params, self._buffers, self._optimizer, random)
 
     def batches(self, step: StepRecord, *, compare: bool = True) -> list[tuple[Tensor, Any]]:
         """(ids, batch) of each micro-batch of a step, on the device; with ``compare`` its content is compared."""
@@ -110,13 +113,14 @@ class Replayer:
         self._follow(step)
         for param in self._params.values():
             param.grad = None
-        random: list[RandomState | None] = []
-        with self._quiet(step), torch.enable_grad():
-            for ids, batch in self.batches(step, compare=compare):
-                random.append(RandomState.now() if step.random else None)
+        random = []
+        batches = self.batches(step, compare=compare)
+        for (ids, batch), draw in zip(batches, step.draws or (None,) * len(batches), strict=True):
+            with self._draws.drawing(draw) as start, torch.enable_grad():
                 losses = self._problem.losses(self.module, batch, len(ids))
                 chosen = None if weights is None else weights[ids]
                 self._problem.reduction.scalar(batch, losses, chosen).backward()
+            random.append(start)
         self.random = tuple(random)
         for param in self._trained:
             if param.grad is None:  # unreached now, yet the recorded gradient was zeros and took part in the step
@@ -144,13 +148,6 @@ class Replayer:
     def _follow_modes(self, modes: Mapping[str, bool]) -> None:
         for name, module in self._modules.items():
             module.training = modes.get(name, module.training)
-
-    def _quiet(self, step: StepRecord) -> Any:
-        """Keep the user's random state where a step draws from it; else nothing is drawn, and nothing is paid."""
-        if not step.random:
-            return nullcontext()
-        devices = [self.device] if self.device.type == "cuda" else []
-        return torch.random.fork_rng(devices=devices)
 
     def _compare(self, step: StepRecord) -> None:
         replayed = self._fingerprint([param.grad for param in self._params.values()])

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hydragrad.errors import UnsupportedError, message
+from hydragrad.trajectory.randomness import Draw, RandomState
 
 Hyper = dict[str, Any]
 """Hyperparameters of one param group at one step: floats, bools, ints, strings, None, tuples of these."""
@@ -19,13 +20,15 @@ class State:
     """Everything training changes, before step ``step`` is taken (``step`` = T: the end of the run).
 
     ``params`` and ``buffers`` by name (ties once, frozen parameters too); ``optimizer``: parameter name -> slot ->
-    tensor, as in torch.optim's own state (a slot that is None there is absent here).
+    tensor, as in torch.optim's own state (a slot that is None there is absent here); ``random``: in a checkpoint the
+    generators as training had them, in a replay where the last recorded draws ended.
     """
 
     step: int
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
+    random: RandomState | None = None
 
 
 @final
@@ -35,8 +38,8 @@ class StepRecord:
 
     ``batches``: ids of each micro-batch in order, int64 ``[b]``; ``digests``: per-example content digests, parallel;
     ``groups``: hyperparameters of each param group; ``fingerprint``: float64 [3], the gradient's norm and two
-    projections just before the update; ``random``: torch's random numbers were drawn inside the step; ``modes``:
-    submodule name -> training; ``skipped``: ids of batches before this step that no gradient came from.
+    projections just before the update; ``modes``: submodule name -> training; ``skipped``: ids of batches before this
+    step that no gradient came from; ``draws``: what each micro-batch drew random numbers from, None for nothing.
     """
 
     index: int
@@ -46,11 +49,16 @@ class StepRecord:
     groups: tuple[Hyper, ...]
     without_grad: frozenset[str]
     fingerprint: Tensor
-    random: bool
     modes: Mapping[str, bool] = field(default_factory=dict)
     epochs: tuple[int, ...] = ()
     loaders: tuple[int, ...] = ()
     skipped: tuple[Tensor, ...] = ()
+    draws: tuple[Draw | None, ...] = ()
+
+    @property
+    def random(self) -> bool:
+        """Whether random numbers were drawn inside the step."""
+        return any(draw is not None for draw in self.draws)
 
 
 @final
@@ -78,7 +86,11 @@ class Manifest:
 
 
 def capture_state(
-    step: int, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Optimizer
+    step: int,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    optimizer: Optimizer,
+    random: RandomState | None = None,
 ) -> State:
     """The State of live tensors as detached clones; raises UnsupportedError for optimizer state that is no tensor."""
     slots = {}
@@ -91,6 +103,7 @@ def capture_state(
         {name: param.detach().clone() for name, param in params.items()},
         {name: buffer.detach().clone() for name, buffer in buffers.items()},
         slots,
+        random,
     )
 
 

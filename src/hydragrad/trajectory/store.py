@@ -8,7 +8,7 @@ from typing import Any, final
 
 from hydragrad.errors import MismatchError, StoreError, message
 from hydragrad.files import loads, sha256
-from hydragrad.trajectory.format import JOURNAL, MANIFEST, VERSION, FileRef, decode_state, decode_steps
+from hydragrad.trajectory.format import JOURNAL, MANIFEST, READABLE, FileRef, decode_state, decode_steps
 from hydragrad.trajectory.state import Manifest, State, StepRecord
 
 
@@ -91,11 +91,11 @@ def _read_manifest(folder: Path) -> tuple[Manifest, bytes]:
         version = content["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(message(f"{path} cannot be read", got=str(error), remedy="record the run again")) from error
-    if version != VERSION:
+    if version not in READABLE:
         raise StoreError(
             message(
                 f"{path} has another format version",
-                expected=f"version {VERSION}",
+                expected=f"version {' or '.join(map(str, READABLE))}",
                 got=f"version {version}",
                 cause="the run was recorded by another release of hydragrad",
                 remedy="load it with that release, or record the run again",
