@@ -29,11 +29,21 @@ from tests.step.rules import RULES, Scalars, Tensors, full_hyper, initial_state
 
 
 @dataclass(frozen=True)
+class Clip:
+    """Clipping of the gradients of `names` (None: all), by their p-norm, or elementwise where `p` is None."""
+
+    limit: float
+    p: float | None = 2.0
+    names: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole training run, described. `steps[t]` is a list of micro-batches, each a list of example ids.
 
     `groups`: (parameter names, hyperparameters) per param group; the hyperparameters are one dict, or one per step.
-    `reduction`: "mean", "sum" or `(batch, shape) -> coefficients`. `clip`: a maximal total gradient norm.
+    `reduction`: "mean", "sum" or `(batch, shape) -> coefficients`. `clip`: a maximal total gradient norm, or `Clip`s
+    one after the other.
     `modes(model, t)` may change modules' modes before step t, which starts from `model.train()`.
     """
 
@@ -44,7 +54,7 @@ class Recipe:
     optimizer: str
     groups: Sequence[tuple[Sequence[str], Mapping[str, Any] | Sequence[Mapping[str, Any]]]]
     reduction: Any = "mean"
-    clip: float | None = None
+    clip: "float | Sequence[Clip] | None" = None
     modes: Callable[[nn.Module, int], None] = lambda model, t: None
 
     def hyper(self, t: int) -> dict[str, dict[str, Any]]:
@@ -116,12 +126,24 @@ def _objective(recipe: Recipe, model: Callable[..., Tensor], ids: Sequence[int],
     return (weights * losses).sum() / (losses.numel() if recipe.reduction == "mean" else 1)
 
 
-def _clipped(gradients: dict[str, Tensor], maximum: float | None) -> dict[str, Tensor]:
-    if maximum is None:
-        return gradients
-    norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
-    scale = torch.clamp(maximum / (norm + 1e-6), max=1.0)
-    return {name: scale * g for name, g in gradients.items()}
+def clips_of(clips: float | Sequence[Clip] | None) -> Sequence[Clip]:
+    """A recipe's clips, one by one."""
+    if clips is None:
+        return []
+    return [Clip(clips)] if isinstance(clips, (int, float)) else clips
+
+
+def _clipped(gradients: dict[str, Tensor], clips: float | Sequence[Clip] | None) -> dict[str, Tensor]:
+    for clip in clips_of(clips):
+        chosen = {name: g for name, g in gradients.items() if clip.names is None or name in clip.names}
+        if clip.p is None:
+            gradients = gradients | {name: g.clamp(-clip.limit, clip.limit) for name, g in chosen.items()}
+            continue
+        flat = torch.cat([g.flatten() for g in chosen.values()]).abs()
+        norm = flat.max() if clip.p == float("inf") else flat.pow(clip.p).sum().pow(1 / clip.p)
+        scale = torch.clamp(clip.limit / (norm + 1e-6), max=1.0)
+        gradients = gradients | {name: scale * g for name, g in chosen.items()}
+    return gradients
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ class _Search:
         self.total, self.queries = queries, min(queries, widest)
         self.device = sweep.replayer.device
         self.steps = sweep.stop
+        self.elementwise = sweep.elementwise
         self.memo: dict[Any, Any] = sweep.run.memo
         self.fixed = min(block, queries) if block else None
         self.reasons: list[str] = []
@@ -102,25 +103,25 @@ class _Search:
         self.truth = products(base, point, one)
         seconds = seconds_of(lambda: products(base, point, one), self.device, repeats=1)
         width = self.fixed or min(queries, _START)
-        self.best = Timed(_scaled(base), width, seconds * width)
+        self.best = Timed(self._scaled(base), width, seconds * width)
 
     def run(self, compile: bool | None) -> None:
         """Engines as they are, at one size; then the best of them traced, at several; then compiled."""
         first = self.fixed or self._balanced(_START)
         plain: list[tuple[float, Engine]] = []
         coupled = bool(self.point.carried or self.point.draws)
-        if self.method == "hessian-free" and not coupled and self._pays(5 * self.best.per_query):
+        if self.method == "hessian-free" and self.elementwise and not coupled and self._pays(5 * self.best.per_query):
             engine = self._kept("per-example", lambda: PerExampleGradients(self.objective))
             self._try(engine, self.fixed or self._balanced(_WIDEST))
         for engine in candidates(self.method, self.objective):
             if self._pays(20 * self.best.per_query):
-                timed = self._try(_scaled(engine), first)
+                timed = self._try(self._scaled(engine), first)
                 if timed is not None:
                     plain.append((timed.seconds, engine))
         plain.sort(key=lambda pair: pair[0])
         for seconds, engine in plain:
             if ("traced", engine.name) in self.memo or self._pays(_TRACING * seconds, _TRACING_SHARE):
-                self._try(_scaled(self._traced(engine)), first)
+                self._try(self._scaled(self._traced(engine)), first)
         self._climb(first)
         if plain and self.method != "hessian-free" and compile is not False:
             engine = self._fusible(plain)
@@ -130,6 +131,10 @@ class _Search:
             key = ("compiled", engine.name, block)
             if compile or half > _COMPILE_SECONDS or key in self.memo:
                 self._try(self._kept(key, lambda: Traced(engine, compile=True)), block, forced=bool(compile))
+
+    def _scaled(self, engine: Engine) -> Engine | ScaledEngine:
+        """Hessian-free engines serve through the sweep of fixed directions, where that holds."""
+        return Direct(engine) if self.method == "hessian-free" and self.elementwise else engine
 
     @staticmethod
     def _fusible(plain: list[tuple[float, Engine]]) -> Engine:
@@ -192,16 +197,6 @@ def _inner(engine: Engine | ScaledEngine) -> Engine | ScaledEngine:
     return engine.engine if isinstance(engine, Direct) else engine
 
 
-def _scaled(engine: Engine) -> Engine | ScaledEngine:
-    """Hessian-free engines serve through the sweep of fixed directions, unless buffers carry derivatives too."""
-    free = engine.method == "hessian-free" or _inner_method(engine) == "hessian-free"
-    return Direct(engine) if free and not engine.objective.carried else engine
-
-
-def _inner_method(engine: Engine) -> str:
-    return engine.engine.method if isinstance(engine, Traced) else engine.method
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
 
@@ -246,7 +241,7 @@ def _sizes(sweep: Sweep, point: Point, method: str) -> Sizes:
     factor = {"exact": 4, "gauss-newton": 3, "hessian-free": 2}[method]
     return Sizes(
         number=number,
-        adjoint=(size if method == "hessian-free" and not buffers else size + state_slots) + buffers,
+        adjoint=(size if method == "hessian-free" and sweep.elementwise else size + state_slots) + buffers,
         state=2 * size + state_slots + rest + buffers,
         # gam, its parts that the engine copies, C gam; for adaptive optimizers the update's successors (measured)
         engine=factor * activations + 5 * size + (0 if sweep.optimizer.update.linear else size + state_slots),

@@ -10,6 +10,7 @@ from torch import Tensor
 from hydragrad.hypergradient.curvature import Engine
 from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.scaled import ScaledEngine
+from hydragrad.step.clipping import Clipping
 from hydragrad.step.objective import Objective, Vectors
 from hydragrad.step.optimizer_map import OptimizerMap
 from hydragrad.step.updates import Linearization, Slots
@@ -90,14 +91,17 @@ def reverse_sweep(
     """
     gam = [torch.zeros_like(x[: min(block, len(adjoint))]) for x in adjoint.lam]
     for moment in moments:
+        clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
         linearizations = optimizer.linearize(
-            moment.state.params, moment.state.optimizer, moment.gradient, moment.record.groups
+            moment.state.params, moment.state.optimizer, clipping.clipped, moment.record.groups
         )
         points = list(points_of(moment, objective))
         for chosen, skip in blocks(len(adjoint), block):
             new = slice(chosen.start + skip, chosen.stop)
             rows = adjoint.rows(new)
-            pull_update(rows, linearizations, [x[skip:] for x in gam])
+            fresh = [x[skip:] for x in gam]
+            pull_update(rows, linearizations, fresh)
+            clipping.pull_(fresh)
             bet = tuple(x[chosen] for x in adjoint.bet)
             for ids, epoch, point in reversed(points):
                 curved, terms, bet = engine.products(point, tuple(gam), bet)
@@ -123,15 +127,18 @@ def hessian_free_sweep(
     """The same with C = 0, where every map is elementwise: lam_t = d_t * lam_T, gam_t = e_t * lam_T.
 
     So one adjoint of ones is carried instead of Q, and each step costs one product of the (scaled) per-example
-    gradients with the fixed lam_T. For SGD, d_t and e_t are single numbers: the paper's fixed direction.
+    gradients with the fixed lam_T. For SGD, d_t and e_t are single numbers: the paper's fixed direction. Clipping by
+    norm is not elementwise: such runs go through ``reverse_sweep``.
     """
     ones = start(tuple(torch.ones_like(x[:1]) for x in adjoint.lam), [tuple(s) for s in adjoint.sig])
     scale = [torch.zeros_like(x) for x in ones.lam]
     for moment in moments:
+        clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
         linearizations = optimizer.linearize(
-            moment.state.params, moment.state.optimizer, moment.gradient, moment.record.groups
+            moment.state.params, moment.state.optimizer, clipping.clipped, moment.record.groups
         )
         pull_update(ones, linearizations, scale)
+        clipping.pull_(scale)
         for ids, epoch, point in points_of(moment, objective):
             for chosen, skip in blocks(len(adjoint), block):
                 terms = engine.terms(point, tuple(x[0] for x in scale), tuple(x[chosen] for x in adjoint.lam))

@@ -64,6 +64,12 @@ class Sweep:
         """The dtype of the trained parameters (of the first, if they differ)."""
         return getattr(torch, self.run.trajectory.manifest.params[self.objective.names[0]]["dtype"])
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether every map between two steps, curvature apart, is elementwise: no buffers, no clipping by norm."""
+        clips = (clip for record in self.run.steps[: self.stop] for clip in record.clips)
+        return not self.objective.carried and not any(clip.kind == "norm" for clip in clips)
+
     def end(self) -> State:
         """The state that is asked about, step ``stop``, on the device."""
         return _state_at(self.run, self.replayer, self.stop)
@@ -84,6 +90,7 @@ class Sweep:
                         remedy="train in float32",
                     )
                 )
+        self._refuse_clipped_beside()
         for name, part in self.objective.module.named_modules():
             trains = any(record.modes.get(name, manifest.modes.get(name)) for record in self.run.steps[: self.stop])
             if isinstance(part, nn.SyncBatchNorm) and trains:
@@ -96,6 +103,21 @@ class Sweep:
                     )
                 )
 
+    def _refuse_clipped_beside(self) -> None:
+        """A gradient that the optimizer does not use, yet a clip's norm counts, would need derivatives of its own."""
+        known = set(self.objective.names)
+        for record in self.run.steps[: self.stop]:
+            for clip in record.clips:
+                beside = [n for n in clip.names if n not in known and n not in record.without_grad]
+                if clip.kind == "norm" and beside:
+                    raise UnsupportedError(
+                        message(
+                            f"step {record.index} clipped the gradient of {beside[0]!r}, which is not trained",
+                            expected="clipping by norm over parameters of the optimizer",
+                            cause="model.parameters() with parameters that the optimizer was not given",
+                            remedy="give clip_grad_norm_ the optimizer's parameters, or set requires_grad_(False)",
+                        )
+                    )
 
 def changed_buffers(run: Run, replayer: Replayer, stop: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the buffers that training changed before step ``stop``: float ones, which carry derivatives; others."""

@@ -50,8 +50,14 @@ def explain_gradient(recorded: Tensor, replayed: Tensor, step: int, examples: in
         remedy = "draw them inside loss(model, batch), from the global generators of torch, numpy or Python"
     else:
         summary = f"the replayed gradient at step {step} differs from the recorded one, not only in scale"
-        cause = "another loss or model code than in the recorded loop, or gradients changed before the step (clipping)"
-        remedy = "give the loss that was trained, per example, and the model's code as it was"
+        cause = (
+            "another loss or model code than in the recorded loop, or gradients changed before the step (clipped by torch's "
+            "own function)"
+        )
+        remedy = (
+            "give the loss that was trained, per example, and the model's code as it was; clip by "
+            "recording.clip_grad_norm_ or recording.clip_grad_value_"
+        )
     return message(
         summary,
         expected=f"norm {float(a[0]):.6g}, projections {float(a[1]):.6g}, {float(a[2]):.6g}",
@@ -81,8 +87,9 @@ def _scale_cause(factor: float, larger: bool, examples: int) -> tuple[str, str]:
             "give a reduction with the loop's own coefficients: (batch, shape) -> coefficients",
         )
     return (
-        "loss scaling, or gradient clipping between backward and step",
-        "give a reduction with the loop's own scale: (batch, shape) -> coefficients",
+        "loss scaling, or gradient clipping between backward and step by torch's own function",
+        "clip by recording.clip_grad_norm_ (same arguments), or give a reduction with the loop's own scale: "
+        "(batch, shape) -> coefficients",
     )
 
 

@@ -83,6 +83,11 @@ class BackwardWatch:
             self._handle.remove()
         self._handle = self._grad = self._param = None
 
+    def rewritten(self) -> None:
+        """The gradients were changed in place by someone known: that is no sign of zeroing."""
+        if self._param is not None and self._param.grad is not None and self._param.grad is self._grad:
+            self._version = self._param.grad._version
+
     def _accumulated(self, param: Tensor) -> None:
         grad = param.grad
         assert grad is not None

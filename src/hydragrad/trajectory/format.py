@@ -13,6 +13,7 @@ import torch
 
 from hydragrad.errors import StoreError
 from hydragrad.files import broken_file, load_tensors, save_tensors, sha256, write_atomically
+from hydragrad.step.clipping import Clip
 from hydragrad.trajectory.randomness import RandomState
 from hydragrad.trajectory.state import State, StepRecord
 from hydragrad.trajectory.tables import Table, decode_draws, encode_draws
@@ -94,7 +95,7 @@ _CAT = torch.zeros(0, dtype=torch.int64)
 
 def encode_steps(steps: list[StepRecord]) -> bytes:
     """A segment of steps: arrays as tensors; what rarely changes as tables that the steps point into."""
-    groups, without, modes = Table(), Table(), Table()
+    groups, without, modes, clips = Table(), Table(), Table(), Table()
     pointers = [
         (
             step.index,
@@ -104,13 +105,14 @@ def encode_steps(steps: list[StepRecord]) -> bytes:
             groups.place(step.groups),
             without.place(sorted(step.without_grad)),
             modes.place(dict(step.modes)),
+            clips.place([asdict(clip) for clip in step.clips]),
         )
         for step in steps
     ]
     batches = [batch for step in steps for batch in step.batches]
     skipped = [batch for step in steps for batch in step.skipped]
     tensors = {
-        "steps": torch.tensor(pointers, dtype=torch.int64).reshape(-1, 7),
+        "steps": torch.tensor(pointers, dtype=torch.int64).reshape(-1, 8),
         "ids": torch.cat([_CAT, *batches]),
         "digests": torch.cat([_CAT, *(d.to("cpu") for step in steps for d in step.digests)]),
         "lengths": torch.tensor([len(batch) for batch in batches], dtype=torch.int64),
@@ -121,7 +123,9 @@ def encode_steps(steps: list[StepRecord]) -> bytes:
         "fingerprints": torch.stack([step.fingerprint.to("cpu", torch.float64) for step in steps]),
     }
     tensors |= encode_draws([draw for step in steps for draw in (step.draws or (None,) * len(step.batches))])
-    return save_tensors(tensors, {"groups": groups.rows, "without_grad": without.rows, "modes": modes.rows})
+    return save_tensors(
+        tensors, {"groups": groups.rows, "without_grad": without.rows, "modes": modes.rows, "clips": clips.rows}
+    )
 
 
 def decode_steps(path: Path, data: bytes) -> list[StepRecord]:
@@ -130,13 +134,14 @@ def decode_steps(path: Path, data: bytes) -> list[StepRecord]:
     groups = [tuple(row) for row in tables["groups"]]
     without = [frozenset(row) for row in tables["without_grad"]]
     modes = tables["modes"]
+    clips = [tuple(Clip(**clip) for clip in row) for row in tables.get("clips", [])]
     lengths = tensors["lengths"].tolist()
     ids, digests = tensors["ids"].split(lengths), tensors["digests"].split(lengths)
     skipped = tensors["skipped_ids"].split(tensors["skipped_lengths"].tolist())
     epochs, loaders = tensors["epochs"].tolist(), tensors["loaders"].tolist()
     draws = decode_draws(tensors, len(lengths))
     steps, at, skipped_at = [], 0, 0
-    for k, (index, count, skips, random, group, none, mode) in enumerate(tensors["steps"].tolist()):
+    for k, (index, count, skips, random, group, none, mode, *more) in enumerate(tensors["steps"].tolist()):
         here, there = slice(at, at + count), slice(skipped_at, skipped_at + skips)
         at, skipped_at = at + count, skipped_at + skips
         steps.append(
@@ -152,6 +157,7 @@ def decode_steps(path: Path, data: bytes) -> list[StepRecord]:
                 epochs=tuple(epochs[here]),
                 loaders=tuple(loaders[here]),
                 skipped=tuple(skipped[there]),
+                clips=clips[more[0]] if more else (),
                 draws=tuple(draws[here] if "draws" in tensors or not random else [{}] * count),
             )
         )

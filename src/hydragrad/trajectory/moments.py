@@ -20,6 +20,7 @@ _Revisited = tuple[State, dict[str, Tensor], tuple[RandomState | None, ...]]
 class Moment:
     """One step revisited: its record, the state before it, its gradient by parameter name, its micro-batches.
 
+    ``gradient``: the raw one, before ``record.clips``; the optimizer saw it clipped (step.clipping.Clipping gives that).
     ``random``: the state from which each micro-batch drew in the replay (None: nothing was drawn), for whoever
     must draw the same again.
     """
@@ -32,8 +33,10 @@ class Moment:
 
 
 def advance(replayer: Replayer, record: StepRecord, *, compare: bool = True) -> dict[str, Tensor]:
-    """Take one step; its gradient by parameter name (absent: no gradient came)."""
+    """Take one step; its gradient by parameter name (absent: no gradient came), before it was clipped."""
     replayer.advance(record, compare=compare)
+    if replayer.raw is not None:
+        return {name: g for name, g in replayer.raw.items() if name not in record.without_grad}
     params = replayer.module.named_parameters()
     return {name: p.grad for name, p in params if p.grad is not None and name not in record.without_grad}
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from hydragrad.errors import HydragradError, MismatchError, UnsupportedError, message
 from hydragrad.trajectory.claims import BackwardWatch, Gathered, PendingBatch
+from hydragrad.trajectory.clips import ClipNotes
 from hydragrad.trajectory.fingerprints import GradientFingerprint, batch_digests, describe_batch
 from hydragrad.trajectory.format import VERSION
 from hydragrad.trajectory.loaders import WatchedBatches, WatchedLoader
@@ -85,6 +86,7 @@ class Recording:
         self._initial: State | None = None
         self._batch_leaves: list[dict[str, Any]] = []
         self._now = Gathered()
+        self._clips = ClipNotes(self._params)
         self._random, self._draws = RandomWatch(self._device), DrawWriter()
         self._last_groups: tuple[Hyper, ...] = ()
         self._last_modes: tuple[list[bool], dict[str, bool]] = ([], {})
@@ -147,6 +149,35 @@ class Recording:
             )
         return RecordedBatches(self, self._place(loader, watched), watched)
 
+    def clip_grad_norm_(
+        self,
+        parameters: Tensor | Iterable[Tensor],
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> Tensor:
+        """``torch.nn.utils.clip_grad_norm_``, noted so that replay and derivatives clip too; returns its total norm.
+
+            g <- min(1, max_norm / (||g||_p + 1e-6)) g        p = norm_type
+
+        Call it once the step's gradient is complete. Raises MismatchError for tensors that are no parameters of the
+        model. Example: ``recording.clip_grad_norm_(model.parameters(), 1.0)``.
+        """
+        norm = self._clips.norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        self._backwards.rewritten()
+        return norm
+
+    def clip_grad_value_(
+        self, parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
+    ) -> None:
+        """``torch.nn.utils.clip_grad_value_`` (every element clamped to [-clip_value, clip_value]), noted likewise.
+
+        Example: ``recording.clip_grad_value_(model.parameters(), 0.5)``.
+        """
+        self._clips.value_(parameters, clip_value, foreach)
+        self._backwards.rewritten()
+
     def _place(self, loader: Any, watched: WatchedLoader | WatchedBatches) -> int:
         """The number of a loader; batches with ids given by hand all count as one, whose passes are epochs."""
         by_hand = isinstance(watched, WatchedBatches)
@@ -194,6 +225,7 @@ class Recording:
         """A backward pass reached the parameters; ``fresh``: into gradients that had been zeroed before."""
         if fresh:
             self._now.zeroed()
+        self._clips.backward(fresh)
         self._now.backwards += 1
         self._now.seen = len(self._now.batches)
         if self._now.batches:
@@ -242,6 +274,7 @@ class Recording:
             loaders=tuple(batch.loader for batch in batches),
             skipped=tuple(self._now.skipped),
             draws=tuple(self._draws.draw(batch.drawn) for batch in batches),
+            clips=self._clips.take(),
         )
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -40,8 +40,9 @@ class Replayer:
     On the machine that recorded, bit for bit. ``check``: compare each batch's content and each gradient with the
     record; a difference raises MismatchError in words (steps that drew random numbers are always compared).
     ``differences``: step -> relative difference of its gradient, for compared steps that were not equal bit for bit;
-    ``random``: the state from which each micro-batch of the last step drew, None where it drew nothing. Random numbers
-    are those of the recording, also with weights, and the caller's generators are left alone.
+    ``random``: the state from which each micro-batch of the last step drew, None where it drew nothing; ``raw``: its
+    gradient by name before it was clipped, None where it was not. Random numbers are those of the recording, also with
+    weights, and the caller's generators are left alone.
     Example: ``r = Replayer(problem, trajectory); r.restore(trajectory.state(0)); r.advance(trajectory.steps[0])``.
     """
 
@@ -50,6 +51,7 @@ class Replayer:
         self.module: nn.Module = copy.deepcopy(problem.model)
         self.differences: dict[int, float] = {}
         self.random: tuple[RandomState | None, ...] = ()
+        self.raw: dict[str, Tensor] | None = None
         self._problem, self._trajectory, self._check = problem, trajectory, check
         self._params = dict(self.module.named_parameters())
         self._buffers = dict(self.module.named_buffers())
@@ -125,10 +127,18 @@ class Replayer:
         for param in self._trained:
             if param.grad is None:  # unreached now, yet the recorded gradient was zeros and took part in the step
                 param.grad = torch.zeros_like(param)
-        if weights is None and ((self._check and compare) or step.random):
+        self._clip(step)
+        if weights is None and ((self._check and compare) or step.unknown):
             self._compare(step)
         self._optimizer.step()
         self._step += 1
+
+    def _clip(self, step: StepRecord) -> None:
+        self.raw = None
+        if step.clips:
+            self.raw = {name: p.grad.clone() for name, p in self._params.items() if p.grad is not None}
+        for clip in step.clips:
+            clip.apply_(self._params)
 
     def _follow(self, step: StepRecord) -> None:
         """Set hyperparameters, modes and what trains as they were at this step."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hydragrad.errors import UnsupportedError, message
+from hydragrad.step.clipping import Clip
 from hydragrad.trajectory.randomness import Draw, RandomState
 
 Hyper = dict[str, Any]
@@ -39,7 +40,8 @@ class StepRecord:
     ``batches``: ids of each micro-batch in order, int64 ``[b]``; ``digests``: per-example content digests, parallel;
     ``groups``: hyperparameters of each param group; ``fingerprint``: float64 [3], the gradient's norm and two
     projections just before the update; ``modes``: submodule name -> training; ``skipped``: ids of batches before this
-    step that no gradient came from; ``draws``: what each micro-batch drew random numbers from, None for nothing.
+    step that no gradient came from; ``draws``: what each micro-batch drew random numbers from, None for nothing;
+    ``clips``: how the gradient was clipped, in order, before the fingerprint was taken.
     """
 
     index: int
@@ -54,6 +56,12 @@ class StepRecord:
     loaders: tuple[int, ...] = ()
     skipped: tuple[Tensor, ...] = ()
     draws: tuple[Draw | None, ...] = ()
+    clips: tuple[Clip, ...] = ()
+
+    @property
+    def unknown(self) -> bool:
+        """Whether random numbers were drawn that cannot be drawn again (runs of the first format)."""
+        return any(draw is not None and not draw for draw in self.draws)
 
     @property
     def random(self) -> bool:
