@@ -44,7 +44,7 @@ class Recipe:
     `groups`: (parameter names, hyperparameters) per param group; the hyperparameters are one dict, or one per step.
     `reduction`: "mean", "sum" or `(batch, shape) -> coefficients`. `clip`: a maximal total gradient norm, or `Clip`s
     one after the other.
-    `modes(model, t)` may change modules' modes before step t, which starts from `model.train()`.
+    `penalty(parameters by name)` is added to every step's objective. `modes(model, t)` may change modules' modes before step t, which starts from `model.train()`.
     """
 
     model: nn.Module
@@ -56,6 +56,7 @@ class Recipe:
     reduction: Any = "mean"
     clip: "float | Sequence[Clip] | None" = None
     modes: Callable[[nn.Module, int], None] = lambda model, t: None
+    penalty: Callable[[Mapping[str, Tensor]], Tensor] = lambda params: torch.zeros(())
 
     def hyper(self, t: int) -> dict[str, dict[str, Any]]:
         """The full hyperparameters of each parameter at step t."""
@@ -199,7 +200,7 @@ def unroll(recipe: Recipe, create_graph: bool = True) -> Unrolled:
         values = {**w, **v}
         with sdpa_kernel(SDPBackend.MATH):
             parts = [_objective(recipe, _bind(model, values), ids, eps[t]) for ids in micro_batches]
-            total = torch.stack(parts).sum()
+            total = torch.stack(parts).sum() + recipe.penalty(w)
             raw = torch.autograd.grad(total, list(w.values()), create_graph=create_graph, allow_unused=True)
         v = {name: values[name] for name in v}  # functional_call leaves what the model assigned in the dict
         gradients = _clipped({n: g for n, g in zip(w, raw, strict=True) if g is not None}, recipe.clip)
@@ -288,7 +289,7 @@ def recursion(recipe: Recipe, method: str) -> Recursion:
 
     def gradient(w: Tensor, step: Any, eps: Tensor) -> Tensor:
         x = w.detach().requires_grad_()
-        total = torch.stack([_objective(recipe, at(x), ids, eps) for ids in step]).sum()
+        total = torch.stack([_objective(recipe, at(x), ids, eps) for ids in step]).sum() + recipe.penalty(unflat(x))
         return torch.autograd.grad(total, x, create_graph=True)[0]
 
     def update(x: Tensor, t: int, scalars: dict[str, Scalars]) -> tuple[Tensor, dict[str, Scalars]]:
@@ -303,7 +304,11 @@ def recursion(recipe: Recipe, method: str) -> Recursion:
 
     for t, step in enumerate(recipe.steps):
         x, now = torch.cat([w, s, gradient(w, step, eps).detach()]), partial(update, t=t, scalars=scalars)
-        dg = _curvature(recipe, at, w, step, method) @ moved[: sizes[0]] + jacobian(partial(gradient, w, step), eps)
+        curvature = _curvature(recipe, at, w, step, method)
+        if method != "hessian-free":
+            found: Any = hessian(lambda x: recipe.penalty(unflat(x)) + 0 * x.sum(), w)
+            curvature = curvature + found
+        dg = curvature @ moved[: sizes[0]] + jacobian(partial(gradient, w, step), eps)
         moved = jacobian(lambda x, now=now: now(x)[0], x, vectorize=True) @ torch.cat([moved, dg])
         after, scalars = now(x)
         w, s = after.detach().split(sizes[:2])

@@ -7,7 +7,7 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from hydragrad.errors import MismatchError, message
-from hydragrad.problem import Coefficients, Loss, Problem, Reduction
+from hydragrad.problem import Coefficients, Loss, Penalty, Problem, Reduction
 from hydragrad.trajectory.binding import check_data, check_model, choose_collate, choose_reduction
 from hydragrad.trajectory.randomness import undisturbed
 from hydragrad.trajectory.replay import Replayer, check_weights
@@ -23,19 +23,22 @@ def load(
     data: Any,
     reduction: str | Coefficients | Reduction | None = None,
     collate_fn: Callable[[Any], Any] | None = None,
+    penalty: Penalty | None = None,
 ) -> "Run":
     """Open a recorded run and bind it to the live model, per-example loss ([b] or [b, L]) and training data.
 
-    ``reduction``: "mean", "sum" or (batch, shape) -> coefficients; None: as recorded, else "mean". The model's current
-    values do not matter and stay as they are. The first recorded step is taken once on a copy and compared. Raises
-    StoreError (broken files), MismatchError (naming the difference), UnsupportedError (an unknown optimizer).
+    ``reduction``: "mean", "sum" or (batch, shape) -> coefficients; None: as recorded, else "mean".
+    ``penalty``: penalty(model) -> [], added once a step (to its first micro-batch) and not scaled by example weights.
+    The model's current values do not matter and stay as they are. The first recorded step is taken once on a copy and
+    compared. Raises StoreError (broken files), MismatchError (naming the difference), UnsupportedError (an unknown
+    optimizer).
     Example: ``run = hydragrad.load("runs/mnist", model=model, loss=loss, data=train_set)``.
     """
     trajectory = Trajectory(path)
     check_model(model, trajectory.manifest)
     check_data(data, trajectory.manifest, tuple(trajectory.steps))
     collate = choose_collate(collate_fn, trajectory.manifest)
-    problem = Problem(model, loss, data, choose_reduction(reduction, trajectory.manifest), collate)
+    problem = Problem(model, loss, data, choose_reduction(reduction, trajectory.manifest), collate, penalty)
     run = Run(problem, trajectory)
     if trajectory.steps:
         with kept_random_state():

@@ -88,7 +88,10 @@ def train(recipe: Recipe, path: Path, epochs: Sequence[Any]) -> nn.Module:
         for _ in epochs:
             for batch in recording.batches(loader):
                 recipe.modes(model.train(), t)
-                scalar_of(recipe, batch, recipe.loss(model, batch)).backward()
+                scalar = scalar_of(recipe, batch, recipe.loss(model, batch))
+                if waiting == len(recipe.steps[t]):  # the step's first micro-batch
+                    scalar = scalar + recipe.penalty(dict(model.named_parameters()))
+                scalar.backward()
                 waiting -= 1
                 if waiting:
                     continue
@@ -103,10 +106,10 @@ def train(recipe: Recipe, path: Path, epochs: Sequence[Any]) -> nn.Module:
     return model
 
 
-def load(recipe: Recipe, path: Path) -> Any:
+def load(recipe: Recipe, path: Path, **more: Any) -> Any:
     """What was recorded, bound to a fresh model."""
     model = copy.deepcopy(recipe.model)
-    return hg.load(path, model=model, loss=recipe.loss, data=recipe.samples, reduction=recipe.reduction)
+    return hg.load(path, model=model, loss=recipe.loss, data=recipe.samples, reduction=recipe.reduction, **more)
 
 
 def recorded(recipe: Recipe, path: Path, epochs: Sequence[Any] = EPOCHS) -> Any:

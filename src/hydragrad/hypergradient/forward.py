@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.penalised import hessian_twice
 from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.pushing import Push
 from hydragrad.hypergradient.queries import pulled_back
@@ -94,7 +95,10 @@ def _add_curvature(engine: Engine, point: Point, h: list[Tensor], dg: list[Tenso
 def _push(push: Push, point: Point, tangents: Tangents, dg: list[Tensor], block: int) -> None:
     for first in range(0, tangents.h[0].shape[0], block):
         chosen = slice(first, first + block)
-        added, moved = push(point, tuple(x[chosen] for x in tangents.h), tuple(y[chosen] for y in tangents.y))
+        h = tuple(x[chosen] for x in tangents.h)
+        added, moved = push(point, h, tuple(y[chosen] for y in tangents.y))
+        if point.first and push.method == "gauss-newton":
+            added = tuple(x + p for x, p in zip(added, hessian_twice(push.objective, point, h), strict=True))
         for total, x in zip(dg, added, strict=True):
             total[chosen] += x
         for y, x in zip(tangents.y, moved, strict=True):

@@ -20,9 +20,10 @@ def points_of(moment: Moment, objective: Objective) -> Iterator[tuple[Tensor, in
     epochs = moment.record.epochs or (moment.record.epoch,) * len(moment.batches)
     states = moment.random or (None,) * len(moment.batches)
     last = len(moment.batches) - 1
+    penalised = objective.problem.penalty is not None
     for place, ((ids, batch), epoch, random) in enumerate(zip(moment.batches, epochs, states, strict=True)):
         nothing = torch.empty(0, dtype=params[0].dtype, device=params[0].device)
-        point = Point(params, rest, batch, nothing, nothing, carried)
+        point = Point(params, rest, batch, nothing, nothing, carried, first=penalised and place == 0)
         if random is not None:
             with random.restored():
                 point = replace(point, draws=objective.drawn(point))

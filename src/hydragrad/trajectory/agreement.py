@@ -51,8 +51,8 @@ def explain_gradient(recorded: Tensor, replayed: Tensor, step: int, examples: in
     else:
         summary = f"the replayed gradient at step {step} differs from the recorded one, not only in scale"
         cause = (
-            "another loss or model code than in the recorded loop, or gradients changed before the step (clipped by torch's "
-            "own function)"
+            "another loss or model code than in the recorded loop, or gradients changed before the step (clipped by "
+            "torch's own function)"
         )
         remedy = (
             "give the loss that was trained, per example, and the model's code as it was; clip by "

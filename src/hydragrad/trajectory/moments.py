@@ -20,7 +20,7 @@ _Revisited = tuple[State, dict[str, Tensor], tuple[RandomState | None, ...]]
 class Moment:
     """One step revisited: its record, the state before it, its gradient by parameter name, its micro-batches.
 
-    ``gradient``: the raw one, before ``record.clips``; the optimizer saw it clipped (step.clipping.Clipping gives that).
+    ``gradient``: the raw one, before ``record.clips``; the optimizer saw it clipped (see step.clipping.Clipping).
     ``random``: the state from which each micro-batch drew in the replay (None: nothing was drawn), for whoever
     must draw the same again.
     """

@@ -121,7 +121,10 @@ class Replayer:
             with self._draws.drawing(draw) as start, torch.enable_grad():
                 losses = self._problem.losses(self.module, batch, len(ids))
                 chosen = None if weights is None else weights[ids]
-                self._problem.reduction.scalar(batch, losses, chosen).backward()
+                scalar = self._problem.reduction.scalar(batch, losses, chosen)
+                if self._problem.penalty is not None and not random:
+                    scalar = scalar + self._problem.penalty_of(self.module)
+                scalar.backward()
             random.append(start)
         self.random = tuple(random)
         for param in self._trained:
