@@ -44,7 +44,8 @@ class Recipe:
     `groups`: (parameter names, hyperparameters) per param group; the hyperparameters are one dict, or one per step.
     `reduction`: "mean", "sum" or `(batch, shape) -> coefficients`. `clip`: a maximal total gradient norm, or `Clip`s
     one after the other.
-    `penalty(parameters by name)` is added to every step's objective. `modes(model, t)` may change modules' modes before step t, which starts from `model.train()`.
+    `penalty(parameters by name)` is added to every step's objective.
+    `modes(model, t)` may change modules' modes before step t, which starts from `model.train()`.
     """
 
     model: nn.Module

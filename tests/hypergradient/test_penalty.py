@@ -1,6 +1,7 @@
 """A penalty on the parameters: in the replayed gradient, in the curvature, and never scaled by example weights."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import hydragrad as hg
+from hydragrad.hypergradient.engines import candidates
+from hydragrad.hypergradient.points import points_of
+from hydragrad.hypergradient.sweeping import Sweep
+from hydragrad.hypergradient.tracing import Traced
+from hydragrad.trajectory.moments import forwards
 from tests.hypergradient.recorded import load, recipe_of, train, values
 from tests.oracles import Recipe, finite_differences, recursion, unroll
-from tests.tolerances import FINITE_DIFFERENCE, ORACLE, assert_close
+from tests.tolerances import FINITE_DIFFERENCE, ORACLE, SAME, assert_close
 from tests.zoo import N_TRAIN, case
 
 PROBLEM = case("mlp_tanh")
@@ -61,6 +67,27 @@ def test_every_engine_counts_it(method: str, block: int, tmp_path: Path) -> None
     queries = PROBLEM.queries * 30
     found = values(run, queries, method, block=block)
     assert_close(found, recursion(recipe, method).scores(queries), ORACLE)
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_traced_graphs_know_the_first_micro_batch(method: str, tmp_path: Path) -> None:
+    _, run = penalised("quartic", tmp_path)
+    sweep = Sweep.of(run)
+    moment = next(forwards(sweep.replayer, run.trajectory, 1))
+    engine = candidates(method, sweep.objective)[0]
+    traced = Traced(engine)
+    points = [point for _, _, point in points_of(moment, sweep.objective)]
+    points.append(replace(points[0], first=False))
+    assert [point.first for point in points] == [True, False, False]
+    gam = tuple(torch.ones(2, *p.shape, dtype=p.dtype) for p in points[0].params)
+    found = []
+    for point in points:
+        curved, plain = traced.products(point, gam)[0], engine.products(point, gam)[0]
+        assert curved is not None
+        assert plain is not None
+        found.append(torch.cat([c.flatten() for c in curved]))
+        assert_close(found[-1], torch.cat([c.flatten() for c in plain]), SAME)
+    assert (found[0] - found[2]).abs().max() > 1e-3
 
 
 def test_weights_do_not_scale_it(tmp_path: Path) -> None:
