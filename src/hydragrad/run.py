@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from hydragrad.errors import MismatchError, message
@@ -13,6 +14,7 @@ from hydragrad.trajectory.randomness import undisturbed
 from hydragrad.trajectory.replay import Replayer, check_weights
 from hydragrad.trajectory.state import State, StepRecord
 from hydragrad.trajectory.store import Trajectory
+from hydragrad.trajectory.watching import unwrapped
 
 
 def load(
@@ -34,7 +36,7 @@ def load(
     optimizer).
     Example: ``run = hydragrad.load("runs/mnist", model=model, loss=loss, data=train_set)``.
     """
-    trajectory = Trajectory(path)
+    trajectory, model = Trajectory(path), unwrapped(model)
     check_model(model, trajectory.manifest)
     check_data(data, trajectory.manifest, tuple(trajectory.steps))
     collate = choose_collate(collate_fn, trajectory.manifest)
@@ -77,6 +79,12 @@ class Run:
     def num_examples(self) -> int:
         """N."""
         return len(self.problem.data)
+
+    @property
+    def half_precision(self) -> torch.dtype | None:
+        """The dtype of the autocast that steps ran under (of the first that did); None: all ran in full precision."""
+        casts = (cast for step in self.steps for cast in step.autocast if cast is not None)
+        return next((getattr(torch, cast.dtype) for cast in casts), None)
 
     def __repr__(self) -> str:
         return f"Run({self.num_steps} steps, {self.num_examples} examples, {self.trajectory!r})"

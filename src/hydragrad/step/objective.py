@@ -267,6 +267,9 @@ class Objective:
             for known in _HARMLESS:
                 warnings.filterwarnings("ignore", message=known)
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            for kind in {"cpu", *(p.device.type for p in self.module.parameters())}:
+                if torch.is_autocast_enabled(kind):  # the caller's: derivatives are taken in full precision
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             if self._weight_normed:
                 stack.enter_context(_UnfusedWeightNorm())
             if self.fragile:  # oneDNN's and cuDNN's recurrent kernels have no second derivative

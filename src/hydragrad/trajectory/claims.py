@@ -6,11 +6,13 @@ from typing import Any, final
 
 from torch import Tensor
 
+from hydragrad.trajectory.watching import Ran
+
 
 @final
 @dataclass
 class PendingBatch:
-    """A yielded batch that no step has claimed yet."""
+    """A yielded batch that no step has claimed yet. ``place``: of a skipped one, how many micro-batches precede it."""
 
     ids: Tensor
     digests: Tensor
@@ -18,6 +20,8 @@ class PendingBatch:
     loader: int
     backward: bool = False
     drawn: Any = None  # see RandomWatch.end
+    ran: Ran | None = None
+    place: int = 0
 
 
 @final
@@ -26,13 +30,13 @@ class Gathered:
     """What has gathered since the last step."""
 
     batches: list[PendingBatch] = field(default_factory=list)
-    skipped: list[Tensor] = field(default_factory=list)
+    skipped: list[PendingBatch] = field(default_factory=list)
     backwards: int = 0
     seen: int = 0  # batches that were there at the last backward pass
 
     def zeroed(self) -> None:
         """Gradients were thrown away: what had gone into them is skipped."""
-        self.skipped += [batch.ids for batch in self.batches[: self.seen]]
+        self.skipped += self.batches[: self.seen]
         del self.batches[: self.seen]
         self.seen = self.backwards = 0
 
@@ -50,7 +54,8 @@ class Gathered:
             if batch.backward or not followed:
                 claimed.append(batch)
             else:
-                self.skipped.append(batch.ids)
+                batch.place = len(claimed)
+                self.skipped.append(batch)
         return claimed
 
 

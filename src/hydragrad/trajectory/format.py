@@ -5,6 +5,8 @@ the hash of what precedes it), ``steps/NNNNNNNN.safetensors`` and ``checkpoints/
 pickled. The journal alone says which files count: whatever a killed run left beside it is ignored.
 """
 
+import itertools
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
@@ -16,7 +18,15 @@ from hydragrad.files import broken_file, load_tensors, save_tensors, sha256, wri
 from hydragrad.step.clipping import Clip
 from hydragrad.trajectory.randomness import RandomState
 from hydragrad.trajectory.state import State, StepRecord
-from hydragrad.trajectory.tables import Table, decode_draws, encode_draws
+from hydragrad.trajectory.tables import (
+    Table,
+    decode_draws,
+    decode_passes,
+    encode_draws,
+    encode_passes,
+    plain_autocast,
+)
+from hydragrad.trajectory.watching import Autocast
 
 VERSION = 2
 """Written. Version 1 (no random states) is read too."""
@@ -95,7 +105,7 @@ _CAT = torch.zeros(0, dtype=torch.int64)
 
 def encode_steps(steps: list[StepRecord]) -> bytes:
     """A segment of steps: arrays as tensors; what rarely changes as tables that the steps point into."""
-    groups, without, modes, clips = Table(), Table(), Table(), Table()
+    groups, without, modes, clips, frozen, autocast = (Table() for _ in range(6))
     pointers = [
         (
             step.index,
@@ -103,16 +113,18 @@ def encode_steps(steps: list[StepRecord]) -> bytes:
             len(step.skipped),
             int(step.random),  # all that the first version said of randomness
             groups.place(step.groups),
-            without.place(sorted(step.without_grad)),
-            modes.place(dict(step.modes)),
-            clips.place([asdict(clip) for clip in step.clips]),
+            without.place(step.without_grad, sorted),
+            modes.place(step.modes, dict),
+            clips.place(step.clips, lambda row: [asdict(clip) for clip in row]),
+            frozen.place(step.frozen, sorted),
+            len(step.passes),
         )
         for step in steps
     ]
     batches = [batch for step in steps for batch in step.batches]
     skipped = [batch for step in steps for batch in step.skipped]
     tensors = {
-        "steps": torch.tensor(pointers, dtype=torch.int64).reshape(-1, 8),
+        "steps": torch.tensor(pointers, dtype=torch.int64).reshape(-1, 10),
         "ids": torch.cat([_CAT, *batches]),
         "digests": torch.cat([_CAT, *(d.to("cpu") for step in steps for d in step.digests)]),
         "lengths": torch.tensor([len(batch) for batch in batches], dtype=torch.int64),
@@ -122,28 +134,39 @@ def encode_steps(steps: list[StepRecord]) -> bytes:
         "skipped_lengths": torch.tensor([len(batch) for batch in skipped], dtype=torch.int64),
         "fingerprints": torch.stack([step.fingerprint.to("cpu", torch.float64) for step in steps]),
     }
-    tensors |= encode_draws([draw for step in steps for draw in (step.draws or (None,) * len(step.batches))])
-    return save_tensors(
-        tensors, {"groups": groups.rows, "without_grad": without.rows, "modes": modes.rows, "clips": clips.rows}
-    )
+    casts = [cast for step in steps for cast in (step.autocast or (None,) * len(step.batches))]
+    passes = [one for step in steps for one in step.passes]
+    draws = [draw for step in steps for draw in (step.draws or (None,) * len(step.batches))]
+    tensors |= encode_draws([*draws, *(one.draw for one in passes)])
+    tensors |= encode_passes(passes, modes, autocast)
+    tensors["autocast"] = torch.tensor([autocast.place(cast, plain_autocast) for cast in casts], dtype=torch.int64)
+    tensors["scales"] = torch.tensor([math.nan if s.scale is None else s.scale for s in steps], dtype=torch.float64)
+    tables = {"groups": groups, "without_grad": without, "modes": modes, "clips": clips}
+    tables |= {"frozen": frozen, "autocast": autocast}
+    return save_tensors(tensors, {name: table.rows for name, table in tables.items()})
 
 
 def decode_steps(path: Path, data: bytes) -> list[StepRecord]:
-    """Inverse of ``encode_steps``."""
+    """Inverse of ``encode_steps``; what the first version did not know is as if it had not happened."""
     tensors, tables = load_tensors(path, data)
     groups = [tuple(row) for row in tables["groups"]]
-    without = [frozenset(row) for row in tables["without_grad"]]
+    without, frozen = ([frozenset(row) for row in tables.get(name, [[]])] for name in ("without_grad", "frozen"))
+    clips = [tuple(Clip(**clip) for clip in row) for row in tables.get("clips", [[]])]
+    casts = [row and Autocast(*row) for row in tables.get("autocast", [None])]
     modes = tables["modes"]
-    clips = [tuple(Clip(**clip) for clip in row) for row in tables.get("clips", [])]
     lengths = tensors["lengths"].tolist()
     ids, digests = tensors["ids"].split(lengths), tensors["digests"].split(lengths)
-    skipped = tensors["skipped_ids"].split(tensors["skipped_lengths"].tolist())
+    skipped = iter(tensors["skipped_ids"].split(tensors["skipped_lengths"].tolist()))
     epochs, loaders = tensors["epochs"].tolist(), tensors["loaders"].tolist()
+    autocast = tensors.get("autocast", torch.zeros(len(lengths), dtype=torch.int64)).tolist()
     draws = decode_draws(tensors, len(lengths))
-    steps, at, skipped_at = [], 0, 0
+    passes = iter(decode_passes(tensors, modes, casts, draws[len(lengths) :]))
+    scales = tensors.get("scales", torch.full((len(tensors["steps"]),), math.nan)).tolist()
+    steps, at = [], 0
     for k, (index, count, skips, random, group, none, mode, *more) in enumerate(tensors["steps"].tolist()):
-        here, there = slice(at, at + count), slice(skipped_at, skipped_at + skips)
-        at, skipped_at = at + count, skipped_at + skips
+        clip, held, passed = more or (0, 0, 0)
+        here = slice(at, at + count)
+        at += count
         steps.append(
             StepRecord(
                 index=index,
@@ -156,9 +179,13 @@ def decode_steps(path: Path, data: bytes) -> list[StepRecord]:
                 modes=modes[mode],
                 epochs=tuple(epochs[here]),
                 loaders=tuple(loaders[here]),
-                skipped=tuple(skipped[there]),
-                clips=clips[more[0]] if more else (),
+                skipped=tuple(itertools.islice(skipped, skips)),
                 draws=tuple(draws[here] if "draws" in tensors or not random else [{}] * count),
+                clips=clips[clip],
+                scale=None if math.isnan(scales[k]) else scales[k],
+                autocast=tuple(casts[place] for place in autocast[here]),
+                frozen=frozen[held],
+                passes=tuple(itertools.islice(passes, passed)),
             )
         )
     return steps

@@ -11,11 +11,13 @@ from hydragrad.errors import MismatchError, NonFiniteError, message
 from hydragrad.problem import Problem
 from hydragrad.trajectory.agreement import explain_data, explain_gradient, gradient_difference, tolerance
 from hydragrad.trajectory.batches import BatchSource
+from hydragrad.trajectory.binding import lay_out
 from hydragrad.trajectory.fingerprints import GradientFingerprint, batch_digests
 from hydragrad.trajectory.optimizers import build_optimizer, restore_optimizer
 from hydragrad.trajectory.randomness import DrawReader, RandomState
 from hydragrad.trajectory.state import Hyper, State, StepRecord, capture_state
 from hydragrad.trajectory.store import Trajectory
+from hydragrad.trajectory.watching import autocast_as
 
 
 def check_weights(weights: Tensor, length: int) -> Tensor:
@@ -49,6 +51,7 @@ class Replayer:
     def __init__(self, problem: Problem, trajectory: Trajectory, *, check: bool = True) -> None:
         manifest = trajectory.manifest
         self.module: nn.Module = copy.deepcopy(problem.model)
+        lay_out(dict(self.module.named_parameters()), manifest)
         self.differences: dict[int, float] = {}
         self.random: tuple[RandomState | None, ...] = ()
         self.raw: dict[str, Tensor] | None = None
@@ -64,6 +67,7 @@ class Replayer:
         self._groups: tuple[Hyper, ...] | None = None
         self._modes: Mapping[str, bool] | None = None
         self._none: frozenset[str] | None = None
+        self._frozen: frozenset[str] = frozenset()
         self._trained: list[Tensor] = []
         self._checked_weights: Tensor | None = None
         groups = trajectory.steps[0].groups if trajectory.steps else tuple({} for _ in manifest.optimizer["groups"])
@@ -94,12 +98,17 @@ class Replayer:
     def batches(self, step: StepRecord, *, compare: bool = True) -> list[tuple[Tensor, Any]]:
         """(ids, batch) of each micro-batch of a step, on the device; with ``compare`` its content is compared."""
         made = []
-        for ids, digests in zip(step.batches, step.digests, strict=True):
-            batch = self.source.fetch(ids)
-            if self._check and compare and not _same(digests, batch, ids):
-                batch = self._second_look(ids, digests, step.index)
-            made.append((ids, batch))
+        for k, (ids, digests) in enumerate(zip(step.batches, step.digests, strict=True)):
+            epoch = step.epochs[k] if step.epochs else step.epoch
+            made.append((ids, self._checked(ids, digests if compare else None, epoch, step.index)))
         return made
+
+    def _checked(self, ids: Tensor, digests: Tensor | None, epoch: int, step: int) -> Any:
+        """The batch of these ids, compared with the record where that is asked for."""
+        batch = self.source.fetch(ids)
+        if digests is None or not self._check or _same(digests, batch, ids):
+            return batch
+        return self._second_look(ids, digests, step)
 
     def advance(self, step: StepRecord, weights: Tensor | None = None, *, compare: bool = True) -> None:
         """Take one whole step; ``weights`` [N] multiply the losses of the examples (1: as trained, 0: removed).
@@ -116,25 +125,57 @@ class Replayer:
         for param in self._params.values():
             param.grad = None
         random = []
-        batches = self.batches(step, compare=compare)
-        for (ids, batch), draw in zip(batches, step.draws or (None,) * len(batches), strict=True):
+        for k, (ids, batch) in enumerate(self.batches(step, compare=compare)):
+            self._pass_by(step, k)
+            draw = step.draws[k] if step.draws else None
+            cast = step.autocast[k] if step.autocast else None
             with self._draws.drawing(draw) as start, torch.enable_grad():
-                losses = self._problem.losses(self.module, batch, len(ids))
-                chosen = None if weights is None else weights[ids]
-                scalar = self._problem.reduction.scalar(batch, losses, chosen)
-                if self._problem.penalty is not None and not random:
-                    scalar = scalar + self._problem.penalty_of(self.module)
-                scalar.backward()
+                with autocast_as(cast, self.device.type):
+                    scalar = self._scalar(ids, batch, None if weights is None else weights[ids], first=k == 0)
+                with autocast_as(cast if cast is not None and cast.backward else None, self.device.type):
+                    (scalar if step.scale is None else scalar * self._number(step.scale)).backward()
             random.append(start)
+        self._pass_by(step, len(step.batches))
         self.random = tuple(random)
         for param in self._trained:
             if param.grad is None:  # unreached now, yet the recorded gradient was zeros and took part in the step
                 param.grad = torch.zeros_like(param)
+        self._unscale(step)
         self._clip(step)
         if weights is None and ((self._check and compare) or step.unknown):
             self._compare(step)
         self._optimizer.step()
         self._step += 1
+
+    def _scalar(self, ids: Tensor, batch: Any, weights: Tensor | None, *, first: bool) -> Tensor:
+        """What the loop differentiated for one micro-batch."""
+        losses = self._problem.losses(self.module, batch, len(ids))
+        scalar = self._problem.reduction.scalar(batch, losses, weights)
+        return scalar + self._problem.penalty_of(self.module) if first and self._problem.penalty is not None else scalar
+
+    def _pass_by(self, step: StepRecord, place: int) -> None:
+        """Run the model on batches that were skipped at this place, for what their forward pass does to buffers."""
+        passed = [one for one in step.passes if one.place == place]
+        for one in passed:
+            self._follow_modes(one.modes)
+            batch = self._checked(one.ids, one.digests, one.epoch, step.index)
+            with self._draws.drawing(one.draw), torch.enable_grad(), autocast_as(one.autocast, self.device.type):
+                self._problem.loss(self.module, batch)  # with gradients on, so that the kernels are those of training
+        if passed:
+            self._follow_modes(step.modes)
+
+    def _number(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=self.device)
+
+    def _unscale(self, step: StepRecord) -> None:
+        """Divide by a gradient scaler's scale what it divides: the gradients of the optimizer's parameters."""
+        if step.scale is None:
+            return
+        inverse = self._number(step.scale).double().reciprocal().float().item()
+        for group in self._optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.grad.mul_(inverse)
 
     def _clip(self, step: StepRecord) -> None:
         self.raw = None
@@ -152,11 +193,11 @@ class Replayer:
         if step.modes is not self._modes and step.modes:
             self._follow_modes(step.modes)
             self._modes = step.modes
-        if step.without_grad is not self._none:
+        if step.without_grad is not self._none or step.frozen != self._frozen:
             for name, param in self._params.items():
-                param.requires_grad_(name not in step.without_grad)
+                param.requires_grad_(name not in step.without_grad and name not in step.frozen)
             self._trained = [param for name, param in self._params.items() if name not in step.without_grad]
-            self._none = step.without_grad
+            self._none, self._frozen = step.without_grad, step.frozen
 
     def _follow_modes(self, modes: Mapping[str, bool]) -> None:
         for name, module in self._modules.items():

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from hydragrad.errors import UnsupportedError, message
 from hydragrad.step.clipping import Clip
 from hydragrad.trajectory.randomness import Draw, RandomState
+from hydragrad.trajectory.watching import Autocast
 
 Hyper = dict[str, Any]
 """Hyperparameters of one param group at one step: floats, bools, ints, strings, None, tuples of these."""
@@ -34,6 +35,23 @@ class State:
 
 @final
 @dataclass(frozen=True)
+class Pass:
+    """A skipped batch whose forward pass changed buffers (BatchNorm's statistics), though no gradient came from it.
+
+    ``place``: how many of its step's micro-batches came before it.
+    """
+
+    ids: Tensor
+    digests: Tensor
+    epoch: int
+    place: int
+    modes: Mapping[str, bool]
+    autocast: Autocast | None = None
+    draw: Draw | None = None
+
+
+@final
+@dataclass(frozen=True)
 class StepRecord:
     """What happened in one optimizer step, without the values: those come from replay.
 
@@ -41,7 +59,9 @@ class StepRecord:
     ``groups``: hyperparameters of each param group; ``fingerprint``: float64 [3], the gradient's norm and two
     projections just before the update; ``modes``: submodule name -> training; ``skipped``: ids of batches before this
     step that no gradient came from; ``draws``: what each micro-batch drew random numbers from, None for nothing;
-    ``clips``: how the gradient was clipped, in order, before the fingerprint was taken.
+    ``clips``: how the gradient was clipped, in order, before the fingerprint was taken; ``scale``: of a gradient
+    scaler; ``autocast`` of each micro-batch's forward pass; ``frozen``: parameters that held a gradient while they did
+    not require one; ``passes``: skipped batches that changed buffers.
     """
 
     index: int
@@ -57,6 +77,10 @@ class StepRecord:
     skipped: tuple[Tensor, ...] = ()
     draws: tuple[Draw | None, ...] = ()
     clips: tuple[Clip, ...] = ()
+    scale: float | None = None
+    autocast: tuple[Autocast | None, ...] = ()
+    frozen: frozenset[str] = frozenset()
+    passes: tuple[Pass, ...] = ()
 
     @property
     def unknown(self) -> bool:
@@ -66,7 +90,7 @@ class StepRecord:
     @property
     def random(self) -> bool:
         """Whether random numbers were drawn inside the step."""
-        return any(draw is not None for draw in self.draws)
+        return any(draw is not None for draw in self.draws) or any(p.draw is not None for p in self.passes)
 
 
 @final
@@ -77,7 +101,7 @@ class Manifest:
     version: int
     torch: str
     params: dict[str, dict[str, Any]]
-    """Parameter name -> {"shape", "dtype", "requires_grad"}, in the model's order."""
+    """Parameter name -> {"shape", "dtype", "requires_grad"; "stride" unless contiguous}, in the model's order."""
     buffers: dict[str, dict[str, Any]]
     optimizer: dict[str, Any]
     """{"class", "module", "groups": names of each group's parameters in order}."""
@@ -91,6 +115,7 @@ class Manifest:
     checkpoint_every: int
     device: str
     extra: dict[str, Any] = field(default_factory=dict)
+    """{"compiled": whether a compiled model trained}."""
 
 
 def capture_state(
