@@ -11,6 +11,7 @@ from hydragrad.problem import Problem, Reduction
 from hydragrad.run import Run, load
 from hydragrad.tasks.task import Task
 from hydragrad.tasks.training import train
+from hydragrad.trajectory.augmentation import Augmented
 from hydragrad.trajectory.recording import Recording, record
 from hydragrad.trajectory.state import State
 from hydragrad.vectors import Hypergradients, hypergradients
@@ -18,6 +19,7 @@ from hydragrad.verification import Verification, verify
 
 __all__ = [
     "Attribution",
+    "Augmented",
     "Diagnostics",
     "HydragradError",
     "Hypergradients",

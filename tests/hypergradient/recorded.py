@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -22,7 +21,6 @@ EPOCHS = [
     [[[6, 2]]],
 ]
 STEPS = [step for epoch in EPOCHS for step in epoch]
-
 
 
 def trainable(model: nn.Module) -> list[str]:

@@ -15,6 +15,7 @@ from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.hypergradient.tracing import Traced
 from hydragrad.trajectory.moments import forwards
+from tests.hypergradient.recorded import EPOCHS as WHOLE
 from tests.hypergradient.recorded import load, recipe_of, train, values
 from tests.oracles import Recipe, finite_differences, recursion, unroll
 from tests.tolerances import FINITE_DIFFERENCE, ORACLE, SAME, assert_close
@@ -88,6 +89,19 @@ def test_traced_graphs_know_the_first_micro_batch(method: str, tmp_path: Path) -
         found.append(torch.cat([c.flatten() for c in curved]))
         assert_close(found[-1], torch.cat([c.flatten() for c in plain]), SAME)
     assert (found[0] - found[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_beside_carried_buffers_both_sweeps_agree(method: str, tmp_path: Path) -> None:
+    problem = case("batchnorm")
+    recipe = recipe_of(problem, penalty=lambda params: 0.05 * params["0.weight"].pow(4).sum())
+    train(recipe, tmp_path / "run", WHOLE)
+    run = load(recipe, tmp_path / "run", penalty=lambda model: recipe.penalty(dict(model.named_parameters())))
+    found = values(run, problem.queries, method)
+    vectors = hg.hypergradients(run, examples=range(N_TRAIN), method=method, check=False)
+    assert_close(vectors.scores(problem.queries).values, found, ORACLE)
+    if method == "exact":
+        assert_close(found, unroll(recipe).scores(problem.queries), ORACLE)
 
 
 def test_weights_do_not_scale_it(tmp_path: Path) -> None:

@@ -34,9 +34,7 @@ def hessian_twice(objective: Objective, point: Point, block: Vectors) -> Vectors
     """The same by plain autograd, one vector at a time."""
     with torch.enable_grad():
         params = tuple(p.detach().requires_grad_() for p in point.params)
-        slope = torch.autograd.grad(
-            objective.penalty(params, point), params, create_graph=True, materialize_grads=True
-        )
+        slope = torch.autograd.grad(objective.penalty(params, point), params, create_graph=True, materialize_grads=True)
         rows = []
         for k in range(block[0].shape[0]):
             along = torch.stack([(s * x[k]).sum() for s, x in zip(slope, block, strict=True)]).sum()

@@ -91,6 +91,7 @@ class Sweep:
                     )
                 )
         self._refuse_clipped_beside()
+        self._refuse_passed_by()
         for name, part in self.objective.module.named_modules():
             trains = any(record.modes.get(name, manifest.modes.get(name)) for record in self.run.steps[: self.stop])
             if isinstance(part, nn.SyncBatchNorm) and trains:
@@ -102,6 +103,19 @@ class Sweep:
                         remedy="train with BatchNorm, or freeze the statistics with .eval() on those layers",
                     )
                 )
+
+    def _refuse_passed_by(self) -> None:
+        """A skipped batch that moved statistics which carry derivatives is a map of its own, not taken along so far."""
+        passed = next((record.index for record in self.run.steps[: self.stop] if record.passes), None)
+        if passed is not None and self.objective.carried:
+            raise UnsupportedError(
+                message(
+                    f"before step {passed} a batch that was skipped changed the buffer {self.objective.carried[0]!r}",
+                    expected="buffers that only the batches of the steps change",
+                    cause="a skipped step (a scaler's overflow, a discarded loss) of a model with BatchNorm",
+                    remedy="put the model into .eval() for batches that are only looked at; start the scaler lower",
+                )
+            )
 
     def _refuse_clipped_beside(self) -> None:
         """A gradient that the optimizer does not use, yet a clip's norm counts, would need derivatives of its own."""
@@ -118,6 +132,7 @@ class Sweep:
                             remedy="give clip_grad_norm_ the optimizer's parameters, or set requires_grad_(False)",
                         )
                     )
+
 
 def changed_buffers(run: Run, replayer: Replayer, stop: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the buffers that training changed before step ``stop``: float ones, which carry derivatives; others."""

@@ -122,7 +122,8 @@ def explain_data(
         return message(
             f"the data set gives other content each time it is asked: {names}",
             cause="random augmentation in the data set",
-            remedy="record with a deterministic data set (augment once, ahead of training)",
+            remedy="wrap it for recording and loading: train_set = hydragrad.Augmented(train_set), or record with "
+            "keep_batches=True",
         )
     place = int(wrong[0])
     moved = _find(fetch, length, len(ids), int(recorded[place]))

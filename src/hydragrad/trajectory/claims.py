@@ -22,6 +22,7 @@ class PendingBatch:
     drawn: Any = None  # see RandomWatch.end
     ran: Ran | None = None
     place: int = 0
+    content: Any = None  # the batch itself, if batches are kept
 
 
 @final

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hydragrad.errors import MismatchError, NonFiniteError, message
 from hydragrad.problem import Problem
 from hydragrad.trajectory.agreement import explain_data, explain_gradient, gradient_difference, tolerance
-from hydragrad.trajectory.batches import BatchSource
+from hydragrad.trajectory.batches import BatchSource, to_device
 from hydragrad.trajectory.binding import lay_out
 from hydragrad.trajectory.fingerprints import GradientFingerprint, batch_digests
 from hydragrad.trajectory.optimizers import build_optimizer, restore_optimizer
@@ -97,6 +97,9 @@ class Replayer:
 
     def batches(self, step: StepRecord, *, compare: bool = True) -> list[tuple[Tensor, Any]]:
         """(ids, batch) of each micro-batch of a step, on the device; with ``compare`` its content is compared."""
+        if self._trajectory.keeps_batches:
+            kept = self._trajectory.batches(step.index)
+            return [(ids, to_device(batch, self.device)) for ids, batch in zip(step.batches, kept, strict=False)]
         made = []
         for k, (ids, digests) in enumerate(zip(step.batches, step.digests, strict=True)):
             epoch = step.epochs[k] if step.epochs else step.epoch
@@ -105,10 +108,10 @@ class Replayer:
 
     def _checked(self, ids: Tensor, digests: Tensor | None, epoch: int, step: int) -> Any:
         """The batch of these ids, compared with the record where that is asked for."""
-        batch = self.source.fetch(ids)
+        batch = self.source.fetch(ids, epoch=epoch)
         if digests is None or not self._check or _same(digests, batch, ids):
             return batch
-        return self._second_look(ids, digests, step)
+        return self._second_look(ids, digests, epoch, step)
 
     def advance(self, step: StepRecord, weights: Tensor | None = None, *, compare: bool = True) -> None:
         """Take one whole step; ``weights`` [N] multiply the losses of the examples (1: as trained, 0: removed).
@@ -155,10 +158,14 @@ class Replayer:
 
     def _pass_by(self, step: StepRecord, place: int) -> None:
         """Run the model on batches that were skipped at this place, for what their forward pass does to buffers."""
-        passed = [one for one in step.passes if one.place == place]
-        for one in passed:
+        passed = [(number, one) for number, one in enumerate(step.passes) if one.place == place]
+        for number, one in passed:
             self._follow_modes(one.modes)
-            batch = self._checked(one.ids, one.digests, one.epoch, step.index)
+            if self._trajectory.keeps_batches:
+                kept = self._trajectory.batches(step.index)[len(step.batches) + number]
+                batch = to_device(kept, self.device)
+            else:
+                batch = self._checked(one.ids, one.digests, one.epoch, step.index)
             with self._draws.drawing(one.draw), torch.enable_grad(), autocast_as(one.autocast, self.device.type):
                 self._problem.loss(self.module, batch)  # with gradients on, so that the kernels are those of training
         if passed:
@@ -214,13 +221,13 @@ class Replayer:
             examples = len(step.batches[0])
             raise MismatchError(explain_gradient(step.fingerprint, replayed, step.index, examples, step.random))
 
-    def _second_look(self, ids: Tensor, digests: Tensor, step: int) -> Any:
-        batch = self.source.fetch(ids, fresh=True)
+    def _second_look(self, ids: Tensor, digests: Tensor, epoch: int, step: int) -> Any:
+        batch = self.source.fetch(ids, epoch=epoch, fresh=True)
         if _same(digests, batch, ids):
             return batch
         raise MismatchError(
             explain_data(
-                lambda wanted: self.source.fetch(wanted, fresh=True),
+                lambda wanted: self.source.fetch(wanted, epoch=epoch, fresh=True),
                 len(self._problem.data),
                 ids,
                 digests,

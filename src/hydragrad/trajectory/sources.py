@@ -27,8 +27,10 @@ class Sources:
 
     def begin(self, place: int) -> int:
         """A pass begins; its number."""
+        epoch = self._passes[place]
         self._passes[place] += 1
-        return self._passes[place] - 1
+        self._known[place][1].begin(epoch)
+        return epoch
 
     def watch(self, loader: Iterable[Any], indices: Iterable[Any] | None) -> tuple[int, Watched]:
         """The number and the watched form of a loader; refused if its batches have no ids."""

@@ -9,6 +9,7 @@ from typing import Any, final
 from hydragrad.errors import MismatchError, StoreError, message
 from hydragrad.files import loads, sha256
 from hydragrad.trajectory.format import JOURNAL, MANIFEST, READABLE, FileRef, decode_state, decode_steps
+from hydragrad.trajectory.keeping import decode_batches
 from hydragrad.trajectory.state import Manifest, State, StepRecord
 
 
@@ -32,6 +33,8 @@ class Trajectory:
         self.trailing: list[list[int]] = last["skipped"] if last.get("end") else []
         """Ids of the batches after the last step."""
         self._states: dict[int, FileRef] = {}
+        self._batches: dict[int, FileRef] = {}
+        self._segment: tuple[int, list[Any]] = (-1, [])
         steps: list[StepRecord] = []
         for entry in entries:
             if entry.get("end"):
@@ -40,6 +43,9 @@ class Trajectory:
                 checkpoint = FileRef(**entry["checkpoint"])
                 checkpoint.check_size(self.folder)
                 self._states[entry["stop"]] = checkpoint
+            if entry.get("batches") is not None:
+                self._batches[entry["start"]] = FileRef(**entry["batches"])
+                self._batches[entry["start"]].check_size(self.folder)
             if entry["steps"] is not None:
                 ref = FileRef(**entry["steps"])
                 steps.extend(decode_steps(self.folder / ref.name, ref.read(self.folder)))
@@ -65,6 +71,20 @@ class Trajectory:
             )
         ref = self._states[step]
         return decode_state(self.folder / ref.name, ref.read(self.folder))
+
+    @property
+    def keeps_batches(self) -> bool:
+        """Whether the batches themselves are stored."""
+        return bool(self._batches)
+
+    def batches(self, step: int) -> list[Any]:
+        """The stored batches of a step, on the CPU: those of its micro-batches, then those of its ``passes``."""
+        start = max(first for first in self._batches if first <= step)
+        if self._segment[0] != start:
+            ref = self._batches[start]
+            self._segment = start, decode_batches(self.folder / ref.name, ref.read(self.folder))
+        counts = [len(record.batches) + len(record.passes) for record in self.steps[start : step + 1]]
+        return self._segment[1][sum(counts[:-1]) : sum(counts)]
 
     def nearest(self, step: int) -> int:
         """The last stored step at or before ``step``."""

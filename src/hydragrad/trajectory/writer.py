@@ -9,6 +9,7 @@ from typing import Any, final
 from hydragrad.errors import StoreError, message
 from hydragrad.files import dumps, loads, sha256, write_atomically
 from hydragrad.trajectory.format import JOURNAL, LOCK, MANIFEST, FileRef, encode_state, encode_steps
+from hydragrad.trajectory.keeping import encode_batches
 from hydragrad.trajectory.state import Manifest, State, StepRecord
 
 
@@ -39,7 +40,8 @@ class StoreWriter:
     def start(self, manifest: Manifest, state: State) -> None:
         """The first step is about to be taken: replace what was here by the new run."""
         (self.folder / MANIFEST).unlink(missing_ok=True)  # first: without it the old run is gone as a whole
-        for old in [self.folder / JOURNAL, *self.folder.glob("steps/*"), *self.folder.glob("checkpoints/*")]:
+        held = [path for kind in ("steps", "checkpoints", "batches") for path in self.folder.glob(f"{kind}/*")]
+        for old in [self.folder / JOURNAL, *held]:
             if old.suffix in (".safetensors", ".jsonl", ".tmp"):
                 old.unlink(missing_ok=True)
         described = (dumps(asdict(manifest)) + "\n").encode()
@@ -49,8 +51,8 @@ class StoreWriter:
         write_atomically(self.folder / MANIFEST, described)
         self.started = True
 
-    def flush(self, steps: list[StepRecord], state: State | None) -> None:
-        """Append a segment: ``steps``, and the state after the last of them (None: it cannot be told apart)."""
+    def flush(self, steps: list[StepRecord], state: State | None, batches: list[Any] | None = None) -> None:
+        """Append a segment: ``steps``, the state after the last of them (None: it cannot be told apart), batches."""
         start, stop = steps[0].index, steps[-1].index + 1
         entry = {
             "start": start,
@@ -58,6 +60,9 @@ class StoreWriter:
             "steps": FileRef.write(self.folder, f"steps/{start:08d}.safetensors", encode_steps(steps)).to_dict(),
             "checkpoint": None if state is None else self._checkpoint(state),
         }
+        if batches is not None:
+            name = f"batches/{start:08d}.safetensors"
+            entry["batches"] = FileRef.write(self.folder, name, encode_batches(batches)).to_dict()
         self._append(entry)
         self._written = stop
 
