@@ -29,11 +29,22 @@ from tests.step.rules import RULES, Scalars, Tensors, full_hyper, initial_state
 
 
 @dataclass(frozen=True)
+class Clip:
+    """Clipping of the gradients of `names` (None: all), by their p-norm, or elementwise where `p` is None."""
+
+    limit: float
+    p: float | None = 2.0
+    names: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole training run, described. `steps[t]` is a list of micro-batches, each a list of example ids.
 
     `groups`: (parameter names, hyperparameters) per param group; the hyperparameters are one dict, or one per step.
-    `reduction`: "mean", "sum" or `(batch, shape) -> coefficients`. `clip`: a maximal total gradient norm.
+    `reduction`: "mean", "sum" or `(batch, shape) -> coefficients`. `clip`: a maximal total gradient norm, or `Clip`s
+    one after the other.
+    `penalty(parameters by name)` is added to every step's objective.
     `modes(model, t)` may change modules' modes before step t, which starts from `model.train()`.
     """
 
@@ -44,8 +55,9 @@ class Recipe:
     optimizer: str
     groups: Sequence[tuple[Sequence[str], Mapping[str, Any] | Sequence[Mapping[str, Any]]]]
     reduction: Any = "mean"
-    clip: float | None = None
+    clip: "float | Sequence[Clip] | None" = None
     modes: Callable[[nn.Module, int], None] = lambda model, t: None
+    penalty: Callable[[Mapping[str, Tensor]], Tensor] = lambda params: torch.zeros(())
 
     def hyper(self, t: int) -> dict[str, dict[str, Any]]:
         """The full hyperparameters of each parameter at step t."""
@@ -136,12 +148,24 @@ def _objective(recipe: Recipe, model: Callable[..., Tensor], ids: Sequence[int],
     return (weights * losses).sum() / (losses.numel() if recipe.reduction == "mean" else 1)
 
 
-def _clipped(gradients: dict[str, Tensor], maximum: float | None) -> dict[str, Tensor]:
-    if maximum is None:
-        return gradients
-    norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
-    scale = torch.clamp(maximum / (norm + 1e-6), max=1.0)
-    return {name: scale * g for name, g in gradients.items()}
+def clips_of(clips: float | Sequence[Clip] | None) -> Sequence[Clip]:
+    """A recipe's clips, one by one."""
+    if clips is None:
+        return []
+    return [Clip(clips)] if isinstance(clips, (int, float)) else clips
+
+
+def _clipped(gradients: dict[str, Tensor], clips: float | Sequence[Clip] | None) -> dict[str, Tensor]:
+    for clip in clips_of(clips):
+        chosen = {name: g for name, g in gradients.items() if clip.names is None or name in clip.names}
+        if clip.p is None:
+            gradients = gradients | {name: g.clamp(-clip.limit, clip.limit) for name, g in chosen.items()}
+            continue
+        flat = torch.cat([g.flatten() for g in chosen.values()]).abs()
+        norm = flat.max() if clip.p == float("inf") else flat.pow(clip.p).sum().pow(1 / clip.p)
+        scale = torch.clamp(clip.limit / (norm + 1e-6), max=1.0)
+        gradients = gradients | {name: scale * g for name, g in chosen.items()}
+    return gradients
 
 
 @dataclass(frozen=True)
@@ -195,11 +219,13 @@ def unroll(recipe: Recipe, create_graph: bool = True) -> Unrolled:
     for t, micro_batches in enumerate(recipe.steps):
         recipe.modes(model.train(), t)
         summed: Tensors = {}
-        for ids in micro_batches:
+        for place, ids in enumerate(micro_batches):
             values = {**{name: p.view_as(p) for name, p in w.items()}, **v}
             here = [values[name] for name in w]  # not w itself: the buffers depend on that, and g takes them as given
             with sdpa_kernel(SDPBackend.MATH):
                 scalar = _objective(recipe, _bind(model, values), ids, eps[t])
+                if not place:
+                    scalar = scalar + recipe.penalty({name: values[name] for name in w})
                 raw = torch.autograd.grad(scalar, here, create_graph=create_graph, allow_unused=True)
             v = {name: values[name] for name in v}  # functional_call leaves what the model assigned in the dict
             for name, g in zip(w, raw, strict=True):
@@ -311,9 +337,11 @@ def recursion(recipe: Recipe, method: str) -> Recursion:
     y = torch.zeros(len(v), len(recipe.samples), dtype=w.dtype)
     eps, sizes = torch.zeros(len(recipe.samples), dtype=w.dtype), [len(w), len(s), len(w)]
 
-    def gradient(u: Tensor, ids: Any, eps: Tensor) -> Tensor:
+    def gradient(u: Tensor, ids: Any, eps: Tensor, first: bool) -> Tensor:
         x = u.detach().requires_grad_()
-        return torch.autograd.grad(_objective(recipe, at(x), ids, eps), x, create_graph=True)[0][: sizes[0]]
+        scalar = _objective(recipe, at(x), ids, eps)
+        scalar = scalar + recipe.penalty(unflat(x[: sizes[0]])) if first else scalar
+        return torch.autograd.grad(scalar, x, create_graph=True)[0][: sizes[0]]
 
     def update(x: Tensor, t: int, scalars: dict[str, Scalars]) -> tuple[Tensor, dict[str, Scalars]]:
         w, s, g = x.split(sizes)
@@ -328,10 +356,15 @@ def recursion(recipe: Recipe, method: str) -> Recursion:
     for t, step in enumerate(recipe.steps):
         recipe.modes(model.train(), t)
         total, dg = torch.zeros_like(w), torch.zeros(len(w), len(recipe.samples), dtype=w.dtype)
-        for ids in step:
+        for place, ids in enumerate(step):
             u, h_y = torch.cat([w, v]), torch.cat([h_z[: sizes[0]], y])
-            total += gradient(u, ids, eps).detach()
-            dg += _curvature(recipe, at, u, ids, method)[: sizes[0]] @ h_y + jacobian(partial(gradient, u, ids), eps)
+            total += gradient(u, ids, eps, not place).detach()
+            if not place and method != "hessian-free":
+                bent: Any = hessian(lambda x: recipe.penalty(unflat(x)) + 0 * x.sum(), w)
+                dg += bent @ h_z[: sizes[0]]
+            dg += _curvature(recipe, at, u, ids, method)[: sizes[0]] @ h_y + jacobian(
+                lambda e, u=u, ids=ids, place=place: gradient(u, ids, e, not place), eps
+            )
             found: Any = jacobian(partial(flat_moved, ids=ids), u) if len(v) else torch.zeros(0, len(u), dtype=u.dtype)
             after = moved(u, ids)
             y, v = found @ h_y, torch.cat([w[:0], *(after[name].detach().flatten() for name in floats)])

@@ -85,27 +85,6 @@ def test_half_precision(dtype, tmp_path):
         hg.plan(run, 3)
 
 
-def test_dropout_from_a_random_state_that_was_not_recorded(tmp_path):
-    """From step 0 on, `load` sees it; where it comes later, the record of the random state tells."""
-    with refused(hg.MismatchError, "step 0", "Expected: ", "Got: ", "Likely cause: ", "random", "dropout", "Remedy: "):
-        trained(tmp_path / "at once", mlp(nn.Dropout(0.5)))
-
-    def modes(model: nn.Module, t: int) -> None:
-        model.get_submodule("1").train(t >= 4)
-
-    recipe = recipe_of(PROBLEM)
-    model = mlp(nn.Dropout(0.5))
-    groups = [([name for name, _ in model.named_parameters()], {"lr": 0.1, "momentum": 0.9})]
-    run = recorded(replace(recipe, model=model, groups=groups, modes=modes), tmp_path / "run")
-    words = ("step 4", "Expected: ", "Likely cause: ", "random", "dropout", "Remedy: ")
-    with refused(hg.MismatchError, *words):
-        hg.attribute(run, QUERIES)
-    with refused(hg.MismatchError, *words):
-        hg.hypergradients(run, [0])
-    before = unroll(replace(recipe, model=mlp(nn.Identity()), groups=groups)).scores(QUERIES, t=4)
-    assert_close(values(run, QUERIES, step=4), before, ORACLE)  # what comes later does not matter
-
-
 def test_dropout_in_evaluation_mode_is_allowed(tmp_path):
     model = mlp(nn.Dropout(0.5))
     model[1].eval()

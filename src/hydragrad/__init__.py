@@ -15,6 +15,7 @@ from hydragrad.suspecting import mislabels
 from hydragrad.suspects import Suspect, Suspects
 from hydragrad.tasks.task import Task
 from hydragrad.tasks.training import train
+from hydragrad.trajectory.augmentation import Augmented
 from hydragrad.trajectory.recording import Recording, record
 from hydragrad.trajectory.state import State
 from hydragrad.validating import validate
@@ -24,6 +25,7 @@ from hydragrad.verification import Verification, verify
 
 __all__ = [
     "Attribution",
+    "Augmented",
     "Diagnostics",
     "HydragradError",
     "Hypergradients",

@@ -16,6 +16,10 @@ Coefficients = Callable[[Any, torch.Size], Tensor]
 """From a batch and the shape of its losses to coefficients that broadcast to that shape."""
 
 
+Penalty = Callable[[nn.Module], Tensor]
+"""A number that depends on the model alone, added to the objective once a step."""
+
+
 @final
 class Reduction:
     """How the losses of one batch became the scalar that was differentiated: sum_i c_i loss_i.
@@ -92,6 +96,22 @@ class Problem:
     data: Any
     reduction: Reduction
     collate: Callable[[list[Any]], Any]
+    penalty: Penalty | None = None
+
+    def penalty_of(self, model: nn.Module) -> Tensor:
+        """The penalty, added to the objective of a step's first micro-batch; weights of examples do not scale it."""
+        assert self.penalty is not None
+        value = self.penalty(model)
+        if not isinstance(value, Tensor) or value.dim() != 0:
+            raise MismatchError(
+                message(
+                    "the penalty is not a number",
+                    expected="penalty(model) -> a tensor of shape []",
+                    got=f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__,
+                    remedy="sum over the parameters: sum(p.square().sum() for p in model.parameters())",
+                )
+            )
+        return value
 
     def losses(self, model: nn.Module, batch: Any, examples: int) -> Tensor:
         """The per-example losses of a batch, refused unless of shape ``[b]`` or ``[b, L]`` with b = ``examples``."""

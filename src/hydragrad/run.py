@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from hydragrad.errors import MismatchError, message
-from hydragrad.problem import Coefficients, Loss, Problem, Reduction
+from hydragrad.problem import Coefficients, Loss, Penalty, Problem, Reduction
 from hydragrad.trajectory.binding import check_data, check_model, choose_collate, choose_reduction
 from hydragrad.trajectory.finite import check_finite
+from hydragrad.trajectory.randomness import undisturbed
 from hydragrad.trajectory.replay import Replayer, check_weights
 from hydragrad.trajectory.state import State, StepRecord
 from hydragrad.trajectory.store import Trajectory
+from hydragrad.trajectory.watching import unwrapped
 
 
 def load(
@@ -24,19 +26,22 @@ def load(
     data: Any,
     reduction: str | Coefficients | Reduction | None = None,
     collate_fn: Callable[[Any], Any] | None = None,
+    penalty: Penalty | None = None,
 ) -> "Run":
     """Open a recorded run and bind it to the live model, per-example loss ([b] or [b, L]) and training data.
 
-    ``reduction``: "mean", "sum" or (batch, shape) -> coefficients; None: as recorded, else "mean". The model's current
-    values do not matter and stay as they are. The first recorded step is taken once on a copy and compared. Raises
-    StoreError (broken files), MismatchError (naming the difference), UnsupportedError (an unknown optimizer).
+    ``reduction``: "mean", "sum" or (batch, shape) -> coefficients; None: as recorded, else "mean".
+    ``penalty``: penalty(model) -> [], added once a step (to its first micro-batch) and not scaled by example weights.
+    The model's current values do not matter and stay as they are. The first recorded step is taken once on a copy and
+    compared. Raises StoreError (broken files), MismatchError (naming the difference), UnsupportedError (an unknown
+    optimizer).
     Example: ``run = hydragrad.load("runs/mnist", model=model, loss=loss, data=train_set)``.
     """
-    trajectory = Trajectory(path)
+    trajectory, model = Trajectory(path), unwrapped(model)
     check_model(model, trajectory.manifest)
     check_data(data, trajectory.manifest, tuple(trajectory.steps))
     collate = choose_collate(collate_fn, trajectory.manifest)
-    problem = Problem(model, loss, data, choose_reduction(reduction, trajectory.manifest), collate)
+    problem = Problem(model, loss, data, choose_reduction(reduction, trajectory.manifest), collate, penalty)
     run = Run(problem, trajectory)
     if trajectory.steps:
         with kept_random_state():
@@ -45,9 +50,8 @@ def load(
 
 
 def kept_random_state() -> Any:
-    """A context that leaves torch's random state as it found it."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    return torch.random.fork_rng(devices=devices)
+    """A context that leaves the random states of torch, numpy and Python as it found them."""
+    return undisturbed()
 
 
 @final
@@ -76,6 +80,12 @@ class Run:
     def num_examples(self) -> int:
         """N."""
         return len(self.problem.data)
+
+    @property
+    def half_precision(self) -> torch.dtype | None:
+        """The dtype of the autocast that steps ran under (of the first that did); None: all ran in full precision."""
+        casts = (cast for step in self.steps for cast in step.autocast if cast is not None)
+        return next((getattr(torch, cast.dtype) for cast in casts), None)
 
     def __repr__(self) -> str:
         return f"Run({self.num_steps} steps, {self.num_examples} examples, {self.trajectory!r})"

@@ -89,7 +89,9 @@ def _hints(run: Run, replayer: Replayer, first: int | None) -> list[str]:
     if manifest.device != str(replayer.device):
         hints.append(f"recorded on {manifest.device}, replayed on {replayer.device}")
     if any(step.random for step in run.steps):
-        hints.append("torch's random numbers were drawn inside recorded steps")
+        hints.append("random numbers were drawn inside recorded steps (and again in replay, from the same states)")
+    if manifest.extra.get("compiled"):
+        hints.append("a compiled model was trained; its replay is not compiled, and rounds otherwise")
     if not hints:
         hints.append("rounding: the loss is computed in another order, or torch uses another number of threads")
     return hints

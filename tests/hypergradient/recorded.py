@@ -6,13 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import hydragrad as hg
-from tests.oracles import Recipe
+from tests.oracles import Clip, Recipe, clips_of
 from tests.zoo import Case
 
 # Two passes over twelve examples (in the second, 3 occurs twice in one batch and 6 never), then one that is cut short.
@@ -22,10 +21,6 @@ EPOCHS = [
     [[[6, 2]]],
 ]
 STEPS = [step for epoch in EPOCHS for step in epoch]
-
-
-# Strict: the day these are supported, the tests below say so by failing, and the mark goes.
-recorded_clipping = pytest.mark.xfail(raises=AttributeError, reason="recording.clip_grad_norm_ is not there yet")
 
 
 def trainable(model: nn.Module) -> list[str]:
@@ -70,6 +65,17 @@ def scalar_of(recipe: Recipe, batch: Any, losses: Tensor) -> Tensor:
     return losses.mean() if recipe.reduction == "mean" else losses.sum()
 
 
+def clip_gradients(recording: hg.Recording, model: nn.Module, clips: float | Sequence[Clip] | None) -> None:
+    """As a loop does, through the recording."""
+    named = dict(model.named_parameters())
+    for clip in clips_of(clips):
+        chosen = named.values() if clip.names is None else [named[name] for name in clip.names]
+        if clip.p is None:
+            recording.clip_grad_value_(chosen, clip.limit)
+        else:
+            recording.clip_grad_norm_(chosen, clip.limit, clip.p)
+
+
 def train(recipe: Recipe, path: Path, epochs: Sequence[Any]) -> nn.Module:
     """Record the recipe's run; the trained model."""
     model = copy.deepcopy(recipe.model)
@@ -80,14 +86,16 @@ def train(recipe: Recipe, path: Path, epochs: Sequence[Any]) -> nn.Module:
         for _ in epochs:
             for batch in recording.batches(loader):
                 recipe.modes(model.train(), t)
-                scalar_of(recipe, batch, recipe.loss(model, batch)).backward()
+                scalar = scalar_of(recipe, batch, recipe.loss(model, batch))
+                if waiting == len(recipe.steps[t]):  # the step's first micro-batch
+                    scalar = scalar + recipe.penalty(dict(model.named_parameters()))
+                scalar.backward()
                 waiting -= 1
                 if waiting:
                     continue
                 for group, (_, given) in zip(optimizer.param_groups, recipe.groups, strict=True):
                     group.update(given if isinstance(given, Mapping) else given[t])
-                if recipe.clip is not None:
-                    recording.clip_grad_norm_(model.parameters(), recipe.clip)  # type: ignore[attr-defined]
+                clip_gradients(recording, model, recipe.clip)
                 optimizer.step()
                 optimizer.zero_grad()
                 t += 1
@@ -96,10 +104,10 @@ def train(recipe: Recipe, path: Path, epochs: Sequence[Any]) -> nn.Module:
     return model
 
 
-def load(recipe: Recipe, path: Path) -> Any:
+def load(recipe: Recipe, path: Path, **more: Any) -> Any:
     """What was recorded, bound to a fresh model."""
     model = copy.deepcopy(recipe.model)
-    return hg.load(path, model=model, loss=recipe.loss, data=recipe.samples, reduction=recipe.reduction)
+    return hg.load(path, model=model, loss=recipe.loss, data=recipe.samples, reduction=recipe.reduction, **more)
 
 
 def recorded(recipe: Recipe, path: Path, epochs: Sequence[Any] = EPOCHS) -> Any:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hydragrad as hg
-from tests.hypergradient.recorded import recipe_of, recorded, recorded_clipping, values
+from tests.hypergradient.recorded import recipe_of, recorded, values
 from tests.oracles import recursion, unroll
 from tests.step.options import CHOSEN, option_id
 from tests.tolerances import ORACLE, SAME, assert_close
@@ -36,7 +36,7 @@ def test_every_model_against_the_oracle_and_the_reverse_sweep(name, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("clip", [None, pytest.param(0.2, marks=recorded_clipping)])
+@pytest.mark.parametrize("clip", [None, 0.2])
 def test_accumulation_and_clipping(method, clip, tmp_path):
     problem, epochs = case("mlp_tanh"), [[[[0, 1, 2], [3, 4]], [[5, 6], [7, 5, 8]]], [[[4, 6], [0, 3, 3]]]]
     steps = [step for epoch in epochs for step in epoch]

@@ -14,7 +14,6 @@ from tests.hypergradient.recorded import (
     optimizer_of,
     recipe_of,
     recorded,
-    recorded_clipping,
     train,
     trainable,
     values,
@@ -111,7 +110,6 @@ def test_groups_and_schedule(optimizer, tmp_path):
     assert_close(values(run, problem.queries, "hessian-free"), free, ORACLE)
 
 
-@recorded_clipping
 @pytest.mark.parametrize("method", ["exact", "gauss-newton", "hessian-free"])
 @pytest.mark.parametrize("clip", [0.2, 100.0])
 def test_clipping(clip, method, tmp_path):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
 
-from tests.oracles import Recipe, closed_form, recursion, unroll
+from tests.oracles import Recipe, clips_of, closed_form, recursion, unroll
 from tests.step.options import CHOSEN, OPTIONS, option_id
 from tests.step.rules import RULES, full_hyper, initial_state
 from tests.tolerances import ORACLE, SAME, UPDATE, assert_close
@@ -37,8 +37,8 @@ def trained_by_torch(recipe: Recipe, weights: Tensor) -> nn.Module:
             losses = recipe.loss(model, default_collate([recipe.samples[i] for i in ids]))
             weighted = losses * weights[list(ids)].view(-1, *[1] * (losses.ndim - 1))
             (weighted.mean() if recipe.reduction == "mean" else weighted.sum()).backward()
-        if recipe.clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        for clip in clips_of(recipe.clip):
+            nn.utils.clip_grad_norm_(model.parameters(), clip.limit)
         optimizer.step()
     return model
 

@@ -20,6 +20,9 @@ from hydragrad.step.objective import Point
 from hydragrad.trajectory.moments import Moment, advance
 from hydragrad.trajectory.state import State
 
+_HALF = 0.05
+"""Relative difference up to which a gradient of half precision (autocast) may differ from the one differentiated."""
+
 
 @final
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def fixed(sweep: Sweep, method: str, engine: str, block: int) -> Chosen:
     key = ("fixed", method, engine, block, sweep.stop)
     with sweep.objective.differentiable():
         if key not in sweep.run.memo:
-            sweep.run.memo[key] = named(sweep.objective, method, engine)
+            sweep.run.memo[key] = named(sweep.objective, method, engine, elementwise=sweep.elementwise)
         made, sizes = sweep.run.memo[key], _sizes(sweep, point, method)
         gam = probe_block(point, block)
         products(made, point, gam)  # the first form: it alone is traced or compiled
@@ -134,7 +137,8 @@ def _probe_point(sweep: Sweep) -> tuple[Point, float, float]:
     moment = Moment(record, state_on(state, replayer.device), gradient, replayer.batches(record), replayer.random)
     points = [point for _, _, point in points_of(moment, sweep.objective)]
     if not known:
-        sweep.run.memo[key] = (seconds, gradient_gap(sweep.objective, points, gradient))
+        half = sweep.run.half_precision is not None
+        sweep.run.memo[key] = (seconds, gradient_gap(sweep.objective, points, gradient, _HALF if half else None))
     replay, gap = sweep.run.memo[key]
     return points[0], replay, gap
 
@@ -159,7 +163,7 @@ def _sizes(sweep: Sweep, point: Point, method: str) -> Sizes:
     factor = {"exact": 4, "gauss-newton": 3, "hessian-free": 2}[method]
     return Sizes(
         number=number,
-        adjoint=(size if method == "hessian-free" and not buffers else size + state_slots) + buffers,
+        adjoint=(size if method == "hessian-free" and sweep.elementwise else size + state_slots) + buffers,
         state=2 * size + state_slots + rest + buffers,
         # gam, its parts that the engine copies, C gam; for adaptive optimizers the update's successors (measured)
         engine=factor * activations + 5 * size + (0 if sweep.optimizer.update.linear else size + state_slots),

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from hydragrad.errors import UnsupportedError, message
 from hydragrad.hypergradient import exact, gauss_newton, hessian_free
 from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.penalised import Penalised
 from hydragrad.step.objective import Objective
 
 Method = Literal["exact", "gauss-newton", "hessian-free"]
@@ -23,11 +24,19 @@ def reference(method: str, objective: Objective) -> Engine:
     check_method(method)
     if method == "exact":
         return exact.DoubleBackward(objective)
-    return gauss_newton.DoubleVjp(objective) if method == "gauss-newton" else hessian_free.DoubleVjp(objective)
+    if method == "gauss-newton":
+        return _with_penalty(gauss_newton.DoubleVjp(objective), plain=True)
+    return hessian_free.DoubleVjp(objective)
 
 
 def candidates(method: str, objective: Objective) -> Sequence[Engine]:
     """Engines worth measuring against the reference, most promising first."""
     if method == "exact":
         return (exact.ReverseOverReverse(objective), exact.ForwardOverReverse(objective))
-    return (gauss_newton.JvpThenVjp(objective),) if method == "gauss-newton" else (hessian_free.Jvp(objective),)
+    if method == "gauss-newton":
+        return (_with_penalty(gauss_newton.JvpThenVjp(objective), plain=False),)
+    return (hessian_free.Jvp(objective),)
+
+
+def _with_penalty(engine: Engine, *, plain: bool) -> Engine:
+    return engine if engine.objective.problem.penalty is None else Penalised(engine, plain=plain)

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.penalised import hessian_twice
 from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.pushing import Push
 from hydragrad.hypergradient.queries import pulled_back
+from hydragrad.step.clipping import Clipping
 from hydragrad.step.objective import Objective, Point, Vectors
 from hydragrad.step.optimizer_map import OptimizerMap
 from hydragrad.step.updates import Slots
@@ -63,8 +65,9 @@ def forward_sweep(
     """
     push = Push("hessian-free" if engine is None else engine.method, objective) if objective.carried else None
     for moment in moments:
+        clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
         linearizations = optimizer.linearize(
-            moment.state.params, moment.state.optimizer, moment.gradient, moment.record.groups
+            moment.state.params, moment.state.optimizer, clipping.clipped, moment.record.groups
         )
         dg = [torch.zeros_like(h) for h in tangents.h]
         for ids, _, point in points_of(moment, objective):
@@ -73,6 +76,7 @@ def forward_sweep(
             elif engine is not None:
                 _add_curvature(engine, point, tangents.h, dg, block)
             _add_own_gradients(objective, point, ids, examples, dg)
+        clipping.push_(dg)
         for p, linearization in enumerate(linearizations):
             if linearization is not None:
                 tangents.h[p], tangents.z[p] = linearization.jvp(tangents.h[p], tangents.z[p], dg[p])
@@ -91,7 +95,10 @@ def _add_curvature(engine: Engine, point: Point, h: list[Tensor], dg: list[Tenso
 def _push(push: Push, point: Point, tangents: Tangents, dg: list[Tensor], block: int) -> None:
     for first in range(0, tangents.h[0].shape[0], block):
         chosen = slice(first, first + block)
-        added, moved = push(point, tuple(x[chosen] for x in tangents.h), tuple(y[chosen] for y in tangents.y))
+        h = tuple(x[chosen] for x in tangents.h)
+        added, moved = push(point, h, tuple(y[chosen] for y in tangents.y))
+        if point.first and push.method == "gauss-newton":
+            added = tuple(x + p for x, p in zip(added, hessian_twice(push.objective, point, h), strict=True))
         for total, x in zip(dg, added, strict=True):
             total[chosen] += x
         for y, x in zip(tangents.y, moved, strict=True):

@@ -17,10 +17,11 @@ def name_of(engine: Engine | ScaledEngine) -> str:
     return f"plain:{inner.name}"
 
 
-def named(objective: Objective, method: str, name: str) -> Engine | ScaledEngine:
+def named(objective: Objective, method: str, name: str, *, elementwise: bool) -> Engine | ScaledEngine:
     """The engine of that name, made anew, of which every function traces its first form alone.
 
-    So no result's rounding depends on what was called before. Raises UnsupportedError for a name that there is not.
+    So no result's rounding depends on what was called before. ``elementwise``: whether one direction serves all queries
+    (see Sweep). Raises UnsupportedError for a name that there is not.
     """
     kind, _, base = name.partition(":")
     engines: list[Engine | ScaledEngine] = [reference(method, objective), *candidates(method, objective)]
@@ -37,7 +38,7 @@ def named(objective: Objective, method: str, name: str) -> Engine | ScaledEngine
         assert isinstance(engine, Engine)
         engine = Traced(engine, compile=kind == "compiled")
     _settle(engine)
-    free = isinstance(engine, Engine) and method == "hessian-free" and not objective.carried
+    free = isinstance(engine, Engine) and method == "hessian-free" and elementwise
     return Direct(engine) if free and isinstance(engine, Engine) else engine
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hydragrad.errors import UnsupportedError, message
 from hydragrad.step.objective import Objective, Point
 from hydragrad.trajectory.moments import Moment
+from hydragrad.trajectory.randomness import RandomState, seeded
 
 
 def points_of(moment: Moment, objective: Objective) -> Iterator[tuple[Tensor, int, Point]]:
@@ -20,12 +22,15 @@ def points_of(moment: Moment, objective: Objective) -> Iterator[tuple[Tensor, in
     epochs = moment.record.epochs or (moment.record.epoch,) * len(moment.batches)
     states = moment.random or (None,) * len(moment.batches)
     last = len(moment.batches) - 1
+    penalised = objective.problem.penalty is not None
     for place, ((ids, batch), epoch, random) in enumerate(zip(moment.batches, epochs, states, strict=True)):
         nothing = torch.empty(0, dtype=params[0].dtype, device=params[0].device)
-        point = Point(params, rest, batch, nothing, nothing, carried)
+        point = Point(params, rest, batch, nothing, nothing, carried, first=penalised and place == 0)
         if random is not None:
             with random.restored():
                 point = replace(point, draws=objective.drawn(point))
+            if random.numpy is not None or random.python is not None:
+                _refuse_other_noise(objective, point, random, moment.record.index)
         with torch.no_grad():
             like = nothing.new_empty(objective.loss_shape(point, len(ids)))
             coefficients = objective.problem.reduction.coefficients(batch, like).contiguous()
@@ -33,3 +38,22 @@ def points_of(moment: Moment, objective: Objective) -> Iterator[tuple[Tensor, in
         yield ids, epoch, point
         if place < last and (objective.carried or objective.counters):
             carried, rest = objective.after(point)
+
+
+def _refuse_other_noise(objective: Objective, point: Point, random: RandomState, step: int) -> None:
+    """Refuse losses that depend on draws of numpy or Python: only torch's can be handed out again as constants."""
+    with torch.no_grad(), objective.differentiable():
+        at = (point.params, point.rest, point.batch, point.carried, point.draws)
+        with random.restored():
+            drawn = objective.losses(*at)
+        with seeded("other numbers"):
+            other = objective.losses(*at)
+    if not torch.equal(drawn, other):
+        raise UnsupportedError(
+            message(
+                f"the losses of step {step} depend on random numbers of numpy or Python",
+                expected="noise inside the loss drawn by torch",
+                cause="mixup or noise drawn with np.random or random; replay repeats it, derivatives cannot",
+                remedy="draw with torch inside the loss (torch.rand, torch.distributions), and record again",
+            )
+        )

@@ -12,6 +12,7 @@ from torch import Tensor
 from hydragrad.hypergradient.curvature import Engine
 from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.scaled import ScaledEngine
+from hydragrad.step.clipping import Clipping
 from hydragrad.step.objective import Objective, Vectors
 from hydragrad.step.optimizer_map import OptimizerMap
 from hydragrad.step.updates import Linearization, Slots
@@ -96,14 +97,17 @@ def reverse_sweep(
     """
     gam = [torch.zeros_like(x[: min(block, len(adjoint))]) for x in adjoint.lam]
     for moment in moments:
+        clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
         linearizations = optimizer.linearize(
-            moment.state.params, moment.state.optimizer, moment.gradient, moment.record.groups
+            moment.state.params, moment.state.optimizer, clipping.clipped, moment.record.groups
         )
         points = list(points_of(moment, objective))
         for chosen, skip in blocks(len(adjoint), block):
             new = slice(chosen.start + skip, chosen.stop)
             rows = adjoint.rows(new)
-            pull_update(rows, linearizations, [x[skip:] for x in gam])
+            fresh = [x[skip:] for x in gam]
+            pull_update(rows, linearizations, fresh)
+            clipping.pull_(fresh)
             bet = tuple(x[chosen] for x in adjoint.bet)
             for ids, epoch, point in reversed(points):
                 curved, terms, bet = engine.products(point, tuple(gam), bet)
@@ -182,6 +186,18 @@ def direction_of(adjoint: Adjoint, optimizer: OptimizerMap) -> Direction:
     return Uniform(slots) if optimizer.update.linear else Elementwise(adjoint.lam, slots)
 
 
+def _clipped(
+    clipping: Clipping, scale: Sequence[Tensor | float], moment: Moment, names: Sequence[str]
+) -> Sequence[Tensor | float]:
+    """The factors of gam before clipping by value, which is elementwise, so that no number serves a whole parameter."""
+    if not moment.record.clips:
+        return scale
+    params = moment.state.params
+    whole = [s if isinstance(s, Tensor) else torch.full_like(params[n], s) for n, s in zip(names, scale, strict=True)]
+    clipping.pull_(whole)
+    return whole
+
+
 def hessian_free_sweep(
     moments: Iterable[Moment],
     objective: Objective,
@@ -195,14 +211,16 @@ def hessian_free_sweep(
     """The same with C = 0, where every map is elementwise: lam_t = d_t * lam_T, gam_t = e_t * lam_T.
 
     So one direction is carried instead of Q adjoints, and each step costs one product of the (scaled) per-example
-    gradients with the fixed lam_T.
+    gradients with the fixed lam_T. Clipping by norm is not elementwise: such runs go through
+    ``reverse_sweep``.
     """
     direction = direction_of(adjoint, optimizer)
     for moment in moments:
+        clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
         linearizations = optimizer.linearize(
-            moment.state.params, moment.state.optimizer, moment.gradient, moment.record.groups
+            moment.state.params, moment.state.optimizer, clipping.clipped, moment.record.groups
         )
-        scale = direction.pull(linearizations)
+        scale = _clipped(clipping, direction.pull(linearizations), moment, optimizer.names)
         for ids, epoch, point in points_of(moment, objective):
             for chosen, skip in blocks(len(adjoint), block):
                 terms = engine.terms(point, scale, tuple(x[chosen] for x in adjoint.lam))

@@ -43,6 +43,7 @@ class Search:
     def __init__(self, sweep: Sweep, point: Point, method: str, memo: dict[Any, Any]) -> None:
         self.objective, self.point, self.method = sweep.objective, point, method
         self.device, self.steps = sweep.replayer.device, sweep.stop
+        self.elementwise = sweep.elementwise
         self.graphs: dict[Any, Any] = sweep.run.memo
         self.seconds: dict[tuple[str, int], float] = memo.setdefault("seconds", {})
         self.refused: dict[str, str] = memo.setdefault("refused", {})
@@ -73,9 +74,9 @@ class Search:
         wide = self.fixed or self._balanced(_WIDEST)
         coupled = self.point.carried or self.point.draws
         if self.queries >= _FEW and not coupled:
-            if self.method == "hessian-free":
+            if self.method == "hessian-free" and self.elementwise:
                 yield self._kept("per-example", lambda: PerExampleGradients(self.objective)), wide
-            if self.method == "gauss-newton":
+            if self.method == "gauss-newton" and self.objective.problem.penalty is None:
                 jacobian = self._kept("output-jacobian", lambda: OutputJacobian(self.objective))
                 if jacobian.explicit and jacobian.held(self.point) <= self.held:
                     yield jacobian, self.fixed or self._balanced(_BLOCKS[-1])
@@ -83,9 +84,13 @@ class Search:
         for engine in candidates(self.method, self.objective):
             key = ("traced", repr(engine))
             if (often or key in self.graphs) and repr(Traced(engine)) not in self.refused:
-                yield _scaled(self._kept(key, lambda e=engine: Traced(e))), first
+                yield self._scaled(self._kept(key, lambda e=engine: Traced(e))), first
             if not often or repr(Traced(engine)) in self.refused:
-                yield _scaled(engine), first
+                yield self._scaled(engine), first
+
+    def _scaled(self, engine: Engine) -> Engine | ScaledEngine:
+        """Hessian-free engines serve through the sweep of one direction, where that holds."""
+        return Direct(engine) if self.method == "hessian-free" and self.elementwise else engine
 
     def _reference(self, width: int) -> Timed:
         """Plain autograd, and what it gives for one vector: the truth that others are compared with."""
@@ -98,7 +103,7 @@ class Search:
             began = time.perf_counter()
             products(base, self.point, one)
             self.seconds[key] = time.perf_counter() - began  # once: it is only the measure for what may be tried
-        return Timed(_scaled(base), width, self.seconds[key] * width)
+        return Timed(self._scaled(base), width, self.seconds[key] * width)
 
     def _climb(self, first: int) -> None:
         """Larger blocks of the best engine; if none is better, smaller ones."""
@@ -204,16 +209,6 @@ class Search:
 
 def _inner(engine: Engine | ScaledEngine) -> Engine | ScaledEngine:
     return engine.engine if isinstance(engine, Direct) else engine
-
-
-def _scaled(engine: Engine) -> Engine | ScaledEngine:
-    """Hessian-free engines serve through the sweep of fixed directions, unless buffers carry derivatives too."""
-    free = engine.method == "hessian-free" or _inner_method(engine) == "hessian-free"
-    return Direct(engine) if free and not engine.objective.carried else engine
-
-
-def _inner_method(engine: Engine) -> str:
-    return engine.engine.method if isinstance(engine, Traced) else engine.method
 
 
 def _first_line(error: Exception) -> str:

@@ -65,6 +65,12 @@ class Sweep:
         """The dtype of the trained parameters (of the first, if they differ)."""
         return getattr(torch, self.run.trajectory.manifest.params[self.objective.names[0]]["dtype"])
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether every map between two steps, curvature apart, is elementwise: no buffers, no clipping by norm."""
+        clips = (clip for record in self.run.steps[: self.stop] for clip in record.clips)
+        return not self.objective.carried and not any(clip.kind == "norm" for clip in clips)
+
     def end(self) -> State:
         """The state that is asked about, step ``stop``, on the device; refused unless its parameters are finite."""
         state = _state_at(self.run, self.replayer, self.stop)
@@ -87,6 +93,8 @@ class Sweep:
                         remedy="train in float32",
                     )
                 )
+        self._refuse_clipped_beside()
+        self._refuse_passed_by()
         for name, part in self.objective.module.named_modules():
             trains = any(record.modes.get(name, manifest.modes.get(name)) for record in self.run.steps[: self.stop])
             if isinstance(part, nn.SyncBatchNorm) and trains:
@@ -98,6 +106,35 @@ class Sweep:
                         remedy="train with BatchNorm, or freeze the statistics with .eval() on those layers",
                     )
                 )
+
+    def _refuse_passed_by(self) -> None:
+        """A skipped batch that moved statistics which carry derivatives is a map of its own, not taken along so far."""
+        passed = next((record.index for record in self.run.steps[: self.stop] if record.passes), None)
+        if passed is not None and self.objective.carried:
+            raise UnsupportedError(
+                message(
+                    f"before step {passed} a batch that was skipped changed the buffer {self.objective.carried[0]!r}",
+                    expected="buffers that only the batches of the steps change",
+                    cause="a skipped step (a scaler's overflow, a discarded loss) of a model with BatchNorm",
+                    remedy="put the model into .eval() for batches that are only looked at; start the scaler lower",
+                )
+            )
+
+    def _refuse_clipped_beside(self) -> None:
+        """A gradient that the optimizer does not use, yet a clip's norm counts, would need derivatives of its own."""
+        known = set(self.objective.names)
+        for record in self.run.steps[: self.stop]:
+            for clip in record.clips:
+                beside = [n for n in clip.names if n not in known and n not in record.without_grad]
+                if clip.kind == "norm" and beside:
+                    raise UnsupportedError(
+                        message(
+                            f"step {record.index} clipped the gradient of {beside[0]!r}, which is not trained",
+                            expected="clipping by norm over parameters of the optimizer",
+                            cause="model.parameters() with parameters that the optimizer was not given",
+                            remedy="give clip_grad_norm_ the optimizer's parameters, or set requires_grad_(False)",
+                        )
+                    )
 
 
 def changed_buffers(run: Run, replayer: Replayer, stop: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -34,7 +34,7 @@ class Point:
 
     ``params`` w_t; ``rest``: frozen parameters and other buffers; ``coefficients`` c and ``weights`` 1 + eps, each with
     the shape of the losses; ``carried`` v_t: the buffers that training changes; ``draws``: the random numbers of the
-    forward pass, in order.
+    forward pass, in order; ``first``: of its step, so that a penalty is added to J.
     """
 
     params: Vectors
@@ -44,6 +44,20 @@ class Point:
     weights: Tensor
     carried: Vectors = ()
     draws: Vectors = ()
+    first: bool = False
+
+
+@final
+class _Penalty(nn.Module):
+    """The user's ``penalty(model)``, likewise."""
+
+    def __init__(self, model: nn.Module, problem: Problem) -> None:
+        super().__init__()
+        self.model = model
+        self.problem = problem
+
+    def forward(self) -> Tensor:
+        return self.problem.penalty_of(self.model)
 
 
 @final
@@ -79,6 +93,7 @@ class Objective:
         self.names, self.carried, self.counters = tuple(names), tuple(carried), tuple(counters)
         self.module = module
         self._losses = _Losses(module, problem.loss)
+        self._penalty = _Penalty(module, problem)
         self.fragile = any(isinstance(part, nn.RNNBase) for part in module.modules())
         self._weight_normed = any(type(part).__name__ == "_WeightNorm" for part in module.modules())
         self._foreign = not {*carried} <= running_statistics(module)  # buffers that no layer of torch's own changes
@@ -143,9 +158,15 @@ class Objective:
         """
         losses, after = self.evaluate(params, point.rest, point.batch, carried, point.draws)
         total = (point.coefficients * weights * losses).sum()
+        if point.first:
+            total = total + self.penalty(params, point)
         for t, v in zip(tau, after, strict=True):
             total = total + (t * v).sum()
         return total
+
+    def penalty(self, params: Vectors, point: Point) -> Tensor:
+        """The penalty at other params than the point's, []."""
+        return torch.func.functional_call(self._penalty, self._tensors(params, point.rest, point.carried), ())
 
     def outputs(
         self, params: Vectors, rest: dict[str, Tensor], batch: Any, carried: Vectors = (), draws: Vectors = ()
@@ -263,6 +284,9 @@ class Objective:
             for known in _HARMLESS:
                 warnings.filterwarnings("ignore", message=known)
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            for kind in {"cpu", *(p.device.type for p in self.module.parameters())}:
+                if torch.is_autocast_enabled(kind):  # the caller's: derivatives are taken in full precision
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             if self._weight_normed:
                 stack.enter_context(_UnfusedWeightNorm())
             if self.fragile:  # oneDNN's and cuDNN's recurrent kernels have no second derivative

@@ -43,12 +43,21 @@ def explain_gradient(recorded: Tensor, replayed: Tensor, step: int, examples: in
         summary = f"the replayed gradient at step {step} is {factor:.4g} times {word} than the recorded one"
     elif random:
         summary = f"the replayed gradient at step {step} differs from the recorded one"
-        cause = "torch's random numbers were drawn inside the step (dropout, augmentation in the loop)"
-        remedy = "train without them, or draw them in the data set or before the batch is yielded"
+        cause = (
+            "random numbers were drawn inside the step otherwise than in the loss given here (noise or mixup in the "
+            "loop itself), or from a generator of one's own"
+        )
+        remedy = "draw them inside loss(model, batch), from the global generators of torch, numpy or Python"
     else:
         summary = f"the replayed gradient at step {step} differs from the recorded one, not only in scale"
-        cause = "another loss or model code than in the recorded loop, or gradients changed before the step (clipping)"
-        remedy = "give the loss that was trained, per example, and the model's code as it was"
+        cause = (
+            "another loss or model code than in the recorded loop, or gradients changed before the step (clipped by "
+            "torch's own function)"
+        )
+        remedy = (
+            "give the loss that was trained, per example, and the model's code as it was; clip by "
+            "recording.clip_grad_norm_ or recording.clip_grad_value_"
+        )
     return message(
         summary,
         expected=f"norm {float(a[0]):.6g}, projections {float(a[1]):.6g}, {float(a[2]):.6g}",
@@ -78,8 +87,9 @@ def _scale_cause(factor: float, larger: bool, examples: int) -> tuple[str, str]:
             "give a reduction with the loop's own coefficients: (batch, shape) -> coefficients",
         )
     return (
-        "loss scaling, or gradient clipping between backward and step",
-        "give a reduction with the loop's own scale: (batch, shape) -> coefficients",
+        "loss scaling, or gradient clipping between backward and step by torch's own function",
+        "clip by recording.clip_grad_norm_ (same arguments), or give a reduction with the loop's own scale: "
+        "(batch, shape) -> coefficients",
     )
 
 
@@ -112,7 +122,8 @@ def explain_data(
         return message(
             f"the data set gives other content each time it is asked: {names}",
             cause="random augmentation in the data set",
-            remedy="record with a deterministic data set (augment once, ahead of training)",
+            remedy="wrap it for recording and loading: train_set = hydragrad.Augmented(train_set), or record with "
+            "keep_batches=True",
         )
     place = int(wrong[0])
     moved = _find(fetch, length, len(ids), int(recorded[place]))

@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Subset, TensorDataset, default_collate
 
 from hydragrad.errors import MismatchError, message
+from hydragrad.trajectory.augmentation import Augmented, in_epoch
 
 _CACHE_BYTES = 256 * 2**20
 
@@ -37,29 +38,34 @@ class BatchSource:
         self.device = torch.device(device)
         direct = mode == "samples" and collate is default_collate
         self._tensors, self._positions = _as_tensors(data, self.device) if direct else (None, None)
-        self._rows = _RowCache(len(data)) if direct and self._tensors is None else None
+        kept = direct and self._tensors is None and not isinstance(data, Augmented)  # which differs by epoch
+        self._rows = _RowCache(len(data)) if kept else None
 
-    def fetch(self, ids: Tensor, *, fresh: bool = False) -> Any:
-        """The batch of ``ids`` (int64 [b]) on the device; ``fresh`` asks the data again, past every cache."""
+    def fetch(self, ids: Tensor, *, epoch: int = 0, fresh: bool = False) -> Any:
+        """The batch of ``ids`` (int64 [b]) on the device; ``fresh`` asks the data again, past every cache.
+
+        ``epoch`` matters to augmented data alone.
+        """
         if not fresh and self._tensors is not None:
             rows = ids if self._positions is None else self._positions[ids]
             return [tensor.index_select(0, rows.to(tensor.device)).to(self.device) for tensor in self._tensors]
         if self._rows is None:
-            return to_device(self._collated(ids.tolist()), self.device)
+            return to_device(self._collated(ids.tolist(), epoch), self.device)
         batch = None if fresh else self._rows.get(ids)
         if batch is None:
-            batch = self._collated(ids.tolist())
+            batch = self._collated(ids.tolist(), epoch)
             self._rows.put(ids, batch)
         return to_device(batch, self.device)
 
-    def _collated(self, ids: Sequence[int]) -> Any:
+    def _collated(self, ids: Sequence[int], epoch: int) -> Any:
+        asked = in_epoch(self._data, list(ids), epoch)
         try:
             if self._mode == "index":
-                return self._collate(self._data[ids[0]])
+                return self._collate(self._data[asked[0]])
             if self._mode == "indices":
-                return self._collate(self._data[list(ids)])
+                return self._collate(self._data[asked])
             many = getattr(self._data, "__getitems__", None)
-            return self._collate(many(list(ids)) if many else [self._data[i] for i in ids])
+            return self._collate(many(asked) if many else [self._data[i] for i in asked])
         except IndexError as error:
             raise MismatchError(
                 message(

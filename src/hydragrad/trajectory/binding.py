@@ -1,9 +1,10 @@
 """Binding a recorded run to live objects: what can be compared without running anything."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.data import default_collate, default_convert
 
 from hydragrad.errors import MismatchError, message
@@ -13,14 +14,10 @@ from hydragrad.trajectory.state import Manifest, StepRecord
 
 def check_model(model: nn.Module, manifest: Manifest) -> None:
     """Refuse a model whose parameters or buffers are not named, shaped and typed as the recorded ones."""
-    params = {
-        name: {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch."), "requires_grad": p.requires_grad}
-        for name, p in model.named_parameters()
-    }
-    buffers = {
-        name: {"shape": list(b.shape), "dtype": str(b.dtype).removeprefix("torch.")}
-        for name, b in model.named_buffers()
-    }
+    params, buffers = (
+        {name: {"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")} for name, x in tensors}
+        for tensors in (model.named_parameters(), model.named_buffers())
+    )
     _check_names("parameter", manifest.params, params)
     _check_names("buffer", manifest.buffers, buffers)
 
@@ -33,22 +30,32 @@ def _check_names(kind: str, recorded: dict[str, dict[str, Any]], given: dict[str
                 f"the model's {kind}s are not the recorded ones",
                 expected=f"{len(recorded)} {kind}s; missing: {missing[:5] or 'none'}",
                 got=f"{len(given)} {kind}s; unknown: {extra[:5] or 'none'}",
-                cause="another architecture, or a wrapper (compile, DataParallel) around the model",
+                cause="another architecture, or a wrapper (DataParallel) around the model",
                 remedy="give the model as it was given to hydragrad.record",
             )
         )
     for name, spec in recorded.items():
-        for what, value in spec.items():
-            if given[name][what] != value:
+        for what in ("shape", "dtype"):  # what trains is told step by step, whatever the model's final form
+            if given[name][what] != (value := spec[what]):
                 raise MismatchError(
                     message(
                         f"{what} of {kind} {name!r} differs from the recorded one",
                         expected=value,
                         got=given[name][what],
-                        cause="a model built with other sizes, dtype or frozen layers",
+                        cause="a model built with other sizes or another dtype",
                         remedy="build the model as it was when recording began",
                     )
                 )
+
+
+def lay_out(params: Mapping[str, Tensor], manifest: Manifest) -> None:
+    """Give parameters the memory layout they trained in (channels_last): kernels, and so rounding, depend on it."""
+    for name, param in params.items():
+        shape, stride = param.shape, manifest.params[name].get("stride")
+        plain = torch.empty(shape, device="meta").stride()
+        if param.stride() != tuple(stride or plain):
+            fresh = torch.empty_strided(shape, stride or plain, dtype=param.dtype, device=param.device)
+            param.data = fresh.copy_(param.detach())
 
 
 def check_data(data: Any, manifest: Manifest, steps: tuple[StepRecord, ...]) -> None:

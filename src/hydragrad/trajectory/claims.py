@@ -6,17 +6,23 @@ from typing import Any, final
 
 from torch import Tensor
 
+from hydragrad.trajectory.watching import Ran
+
 
 @final
 @dataclass
 class PendingBatch:
-    """A yielded batch that no step has claimed yet."""
+    """A yielded batch that no step has claimed yet. ``place``: of a skipped one, how many micro-batches precede it."""
 
     ids: Tensor
     digests: Tensor
     epoch: int
     loader: int
     backward: bool = False
+    drawn: Any = None  # see RandomWatch.end
+    ran: Ran | None = None
+    place: int = 0
+    content: Any = None  # the batch itself, if batches are kept
 
 
 @final
@@ -25,14 +31,13 @@ class Gathered:
     """What has gathered since the last step."""
 
     batches: list[PendingBatch] = field(default_factory=list)
-    skipped: list[Tensor] = field(default_factory=list)
+    skipped: list[PendingBatch] = field(default_factory=list)
     backwards: int = 0
     seen: int = 0  # batches that were there at the last backward pass
-    random: bool = False
 
     def zeroed(self) -> None:
         """Gradients were thrown away: what had gone into them is skipped."""
-        self.skipped += [batch.ids for batch in self.batches[: self.seen]]
+        self.skipped += self.batches[: self.seen]
         del self.batches[: self.seen]
         self.seen = self.backwards = 0
 
@@ -50,7 +55,8 @@ class Gathered:
             if batch.backward or not followed:
                 claimed.append(batch)
             else:
-                self.skipped.append(batch.ids)
+                batch.place = len(claimed)
+                self.skipped.append(batch)
         return claimed
 
 
@@ -82,6 +88,11 @@ class BackwardWatch:
         if self._handle is not None:
             self._handle.remove()
         self._handle = self._grad = self._param = None
+
+    def rewritten(self) -> None:
+        """The gradients were changed in place by someone known: that is no sign of zeroing."""
+        if self._param is not None and self._param.grad is not None and self._param.grad is self._grad:
+            self._version = self._param.grad._version
 
     def _accumulated(self, param: Tensor) -> None:
         grad = param.grad

@@ -5,13 +5,27 @@ the hash of what precedes it and its own), ``steps/NNNNNNNN.safetensors`` and ``
 Nothing is pickled. The journal alone says which files count: whatever a killed run left beside it is ignored.
 """
 
+import itertools
+import math
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 
-from hydragrad.files import dumps, load_tensors, reading, save_tensors
+from hydragrad.files import load_tensors, reading, save_tensors
+from hydragrad.step.clipping import Clip
+from hydragrad.trajectory.randomness import RandomState
 from hydragrad.trajectory.state import State, StepRecord
+from hydragrad.trajectory.tables import (
+    Table,
+    decode_draws,
+    decode_passes,
+    encode_draws,
+    encode_passes,
+    plain_autocast,
+)
+from hydragrad.trajectory.watching import Autocast
 
 VERSION = 2
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", "recording.lock"
@@ -23,6 +37,8 @@ def encode_state(state: State) -> bytes:
     tensors |= {f"buffer:{name}": tensor for name, tensor in state.buffers.items()}
     for name, slots in state.optimizer.items():
         tensors |= {f"optimizer:{slot}:{name}": tensor for slot, tensor in slots.items()}
+    if state.random is not None:
+        tensors |= {f"random:{name}": tensor for name, tensor in state.random.tensors().items()}
     return save_tensors(tensors, {"step": state.step})
 
 
@@ -30,13 +46,14 @@ def decode_state(path: Path, data: bytes) -> State:
     """Inverse of ``encode_state``."""
     tensors, tables = load_tensors(path, data)
     with reading(path):
-        state = State(tables["step"], {}, {}, {})
+        random = {key.split(":")[1]: tensor for key, tensor in tensors.items() if key.startswith("random:")}
+        state = State(tables["step"], {}, {}, {}, RandomState.of(random) if random else None)
         for key, tensor in tensors.items():
             kind, rest = key.split(":", 1)
             if kind == "optimizer":
                 slot, name = rest.split(":", 1)
                 state.optimizer.setdefault(name, {})[slot] = tensor
-            else:
+            elif kind != "random":
                 {"param": state.params, "buffer": state.buffers}[kind][rest] = tensor
     return state
 
@@ -47,23 +64,26 @@ _COUNTS = ("steps", "lengths", "epochs", "loaders", "skipped_lengths")
 
 def encode_steps(steps: list[StepRecord]) -> bytes:
     """A segment of steps: arrays as tensors; what rarely changes as tables that the steps point into."""
-    groups, without, modes = _Table(), _Table(), _Table()
+    groups, without, modes, clips, frozen, autocast = (Table() for _ in range(6))
     pointers = [
         (
             step.index,
             len(step.batches),
             len(step.skipped),
-            int(step.random),
+            int(step.random),  # all that the first version said of randomness
             groups.place(step.groups),
-            without.place(sorted(step.without_grad)),
-            modes.place(dict(step.modes)),
+            without.place(step.without_grad, sorted),
+            modes.place(step.modes, dict),
+            clips.place(step.clips, lambda row: [asdict(clip) for clip in row]),
+            frozen.place(step.frozen, sorted),
+            len(step.passes),
         )
         for step in steps
     ]
     batches = [batch for step in steps for batch in step.batches]
     skipped = [batch for step in steps for batch in step.skipped]
     tensors = {
-        "steps": torch.tensor(pointers, dtype=torch.int64).reshape(-1, 7),
+        "steps": torch.tensor(pointers, dtype=torch.int64).reshape(-1, 10),
         "ids": torch.cat([_CAT, *batches]),
         "digests": torch.cat([_CAT, *(d.to("cpu") for step in steps for d in step.digests)]),
         "lengths": torch.tensor([len(batch) for batch in batches], dtype=torch.int64),
@@ -73,7 +93,16 @@ def encode_steps(steps: list[StepRecord]) -> bytes:
         "skipped_lengths": torch.tensor([len(batch) for batch in skipped], dtype=torch.int64),
         "fingerprints": torch.stack([step.fingerprint.to("cpu", torch.float64) for step in steps]),
     }
-    return save_tensors(tensors, {"groups": groups.rows, "without_grad": without.rows, "modes": modes.rows})
+    casts = [cast for step in steps for cast in (step.autocast or (None,) * len(step.batches))]
+    passes = [one for step in steps for one in step.passes]
+    draws = [draw for step in steps for draw in (step.draws or (None,) * len(step.batches))]
+    tensors |= encode_draws([*draws, *(one.draw for one in passes)])
+    tensors |= encode_passes(passes, modes, autocast)
+    tensors["autocast"] = torch.tensor([autocast.place(cast, plain_autocast) for cast in casts], dtype=torch.int64)
+    tensors["scales"] = torch.tensor([math.nan if s.scale is None else s.scale for s in steps], dtype=torch.float64)
+    tables = {"groups": groups, "without_grad": without, "modes": modes, "clips": clips}
+    tables |= {"frozen": frozen, "autocast": autocast}
+    return save_tensors(tensors, {name: table.rows for name, table in tables.items()})
 
 
 def decode_steps(path: Path, data: bytes) -> list[StepRecord]:
@@ -85,16 +114,23 @@ def decode_steps(path: Path, data: bytes) -> list[StepRecord]:
 
 def _decode_steps(tensors: dict[str, torch.Tensor], tables: dict[str, Any]) -> list[StepRecord]:
     groups = [tuple(row) for row in tables["groups"]]
-    without = [frozenset(row) for row in tables["without_grad"]]
+    without, frozen = ([frozenset(row) for row in tables.get(name, [[]])] for name in ("without_grad", "frozen"))
+    clips = [tuple(Clip(**clip) for clip in row) for row in tables.get("clips", [[]])]
+    casts = [row and Autocast(*row) for row in tables.get("autocast", [None])]
     modes = tables["modes"]
     lengths = tensors["lengths"].tolist()
     ids, digests = tensors["ids"].split(lengths), tensors["digests"].split(lengths)
     skipped = tensors["skipped_ids"].split(tensors["skipped_lengths"].tolist())
     epochs, loaders = tensors["epochs"].tolist(), tensors["loaders"].tolist()
+    autocast = tensors.get("autocast", torch.zeros(len(lengths), dtype=torch.int64)).tolist()
+    draws = decode_draws(tensors, len(lengths))
+    passes = iter(decode_passes(tensors, modes, casts, draws[len(lengths) :]))
+    scales = tensors.get("scales", torch.full((len(tensors["steps"]),), math.nan)).tolist()
     steps, at, skipped_at = [], 0, 0
     if int(torch.cat([_CAT, *(tensors[name].flatten() for name in _COUNTS)]).min()) < 0:
         raise ValueError("a negative count or place in a table")
-    for k, (index, count, skips, random, group, none, mode) in enumerate(tensors["steps"].tolist()):
+    for k, (index, count, skips, random, group, none, mode, *more) in enumerate(tensors["steps"].tolist()):
+        clip, held, passed = more or (0, 0, 0)
         here, there = slice(at, at + count), slice(skipped_at, skipped_at + skips)
         at, skipped_at = at + count, skipped_at + skips
         steps.append(
@@ -106,29 +142,18 @@ def _decode_steps(tensors: dict[str, torch.Tensor], tables: dict[str, Any]) -> l
                 groups=groups[group],
                 without_grad=without[none],
                 fingerprint=tensors["fingerprints"][k],
-                random=bool(random),
                 modes=modes[mode],
                 epochs=tuple(epochs[here]),
                 loaders=tuple(loaders[here]),
                 skipped=tuple(skipped[there]),
+                draws=tuple(draws[here] if "draws" in tensors or not random else [{}] * count),
+                clips=clips[clip],
+                scale=None if math.isnan(scales[k]) else scales[k],
+                autocast=tuple(casts[place] for place in autocast[here]),
+                frozen=frozen[held],
+                passes=tuple(itertools.islice(passes, passed)),
             )
         )
     if (at, at, at, skipped_at) != (len(ids), len(epochs), len(loaders), len(skipped)):
         raise ValueError("batches that belong to no step")
     return steps
-
-
-@final
-class _Table:
-    """Distinct rows in order of appearance."""
-
-    def __init__(self) -> None:
-        self.rows: list[Any] = []
-        self._places: dict[str, int] = {}
-
-    def place(self, row: Any) -> int:
-        key = dumps(row)
-        if key not in self._places:
-            self._places[key] = len(self.rows)
-            self.rows.append(row)
-        return self._places[key]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
 
 from hydragrad.errors import MismatchError, UnsupportedError, message
+from hydragrad.trajectory.augmentation import in_epoch, refuse_hidden
 
 _BY_HAND = "give the ids yourself: recording.batches(iterable, indices=[[ids of batch 0], [ids of batch 1], ...])"
 
@@ -38,23 +39,24 @@ def as_ids(index: Any, length: int | None) -> Tensor:
 
 @final
 class _NotingSampler:
-    """The loader's own index sampler, which notes each index list it hands out."""
+    """The loader's own index sampler, which notes each index list it hands out, to augmented data with the epoch."""
 
-    def __init__(self, sampler: Any, length: int) -> None:
-        self._sampler, self._length = sampler, length
+    def __init__(self, sampler: Any, data: Any) -> None:
+        self._sampler, self._data, self._length = sampler, data, len(data)
+        self.epoch = 0
         self.noted: deque[tuple[Tensor, str]] = deque()
 
     def __iter__(self) -> Iterator[Any]:
         self.noted = noted = deque()  # a new pass; what an abandoned one prefetched is forgotten
         for index in self._sampler:
             noted.append((as_ids(index, self._length), "index" if isinstance(index, int) else "indices"))
-            yield index
+            yield in_epoch(self._data, index, self.epoch)
 
     def __len__(self) -> int:
         return len(self._sampler)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "noted":
+        if name.startswith("_") or name in ("noted", "epoch"):
             raise AttributeError(name)
         return getattr(self._sampler, name)
 
@@ -71,7 +73,7 @@ class WatchedLoader:
         _refuse_unwatchable(loader)
         self._loader, self.data = loader, loader.dataset
         self.length = len(loader.dataset)  # type: ignore[arg-type]
-        self._sampler = _NotingSampler(loader._index_sampler, self.length)
+        self._sampler = _NotingSampler(loader._index_sampler, self.data)
         self._copy = copy.copy(loader)
         batched = loader.batch_sampler is not None
         self._copy.__dict__["batch_sampler" if batched else "sampler"] = self._sampler
@@ -84,6 +86,10 @@ class WatchedLoader:
 
     def __len__(self) -> int:
         return len(self._loader)
+
+    def begin(self, epoch: int) -> None:
+        """The next pass is this epoch."""
+        self._sampler.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         self._share_workers(self._loader, self._copy, self._sampler)
@@ -122,6 +128,7 @@ def _refuse_unwatchable(loader: DataLoader) -> None:
                 remedy=_BY_HAND,
             )
         )
+    refuse_hidden(loader.dataset)
     if loader.num_workers > 0 and not getattr(loader, "in_order", True):
         raise UnsupportedError(
             message(
@@ -144,6 +151,9 @@ class WatchedBatches:
 
     def __len__(self) -> int:
         return len(self._batches)  # type: ignore[arg-type]
+
+    def begin(self, epoch: int) -> None:
+        """The next pass is this epoch; batches that are made elsewhere know that themselves."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         indices, missing = iter(self._indices), object()

@@ -20,7 +20,9 @@ _Revisited = tuple[State, dict[str, Tensor], tuple[RandomState | None, ...]]
 class Moment:
     """One step revisited: its record, the state before it, its gradient by parameter name, its micro-batches.
 
-    ``random``: the state that each micro-batch's random numbers were drawn from, None where none were.
+    ``gradient``: the raw one, before ``record.clips``; the optimizer saw it clipped (see step.clipping.Clipping).
+    ``random``: the state from which each micro-batch drew in the replay (None: nothing was drawn), for whoever
+    must draw the same again.
     """
 
     record: StepRecord
@@ -31,9 +33,10 @@ class Moment:
 
 
 def advance(replayer: Replayer, record: StepRecord, *, compare: bool = True) -> dict[str, Tensor]:
-    """Take one step; its gradient by parameter name (absent: no gradient came)."""
+    """Take one step; its gradient by parameter name (absent: no gradient came), before it was clipped."""
     replayer.advance(record, compare=compare)
-    return {name: g for name, g in replayer.gradients().items() if name not in record.without_grad}
+    raw = replayer.gradients() if replayer.raw is None else replayer.raw
+    return {name: g for name, g in raw.items() if name not in record.without_grad}
 
 
 def forwards(replayer: Replayer, trajectory: Trajectory, stop: int) -> Iterator[Moment]:

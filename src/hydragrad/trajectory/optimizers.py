@@ -126,6 +126,13 @@ def restore_optimizer(
         optimizer.state[param] = {
             slot: value.clone()
             if slot in ("step", "mu_product") and not on_device.get(id(param), False)
-            else value.to(param.device, copy=True)
+            else _like(param, value)
             for slot, value in held.items()
         }
+
+
+def _like(param: Tensor, value: Tensor) -> Tensor:
+    """A copy on the parameter's device, in its memory layout if it has its shape."""
+    if value.shape != param.shape or param.is_contiguous():
+        return value.to(param.device, copy=True)
+    return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)

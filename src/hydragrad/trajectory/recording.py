@@ -1,5 +1,6 @@
 """Watching a torch training loop: batches through ``Recording.batches``, steps through the optimizer's hooks."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -7,16 +8,20 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from hydragrad.errors import HydragradError, MismatchError, StoreError, UnsupportedError, message
 from hydragrad.trajectory.claims import BackwardWatch, Gathered, PendingBatch
+from hydragrad.trajectory.clips import ClipNotes
+from hydragrad.trajectory.describing import describe_run
 from hydragrad.trajectory.fingerprints import GradientFingerprint, batch_digests, describe_batch
-from hydragrad.trajectory.format import VERSION
-from hydragrad.trajectory.loaders import WatchedBatches, WatchedLoader
+from hydragrad.trajectory.keeping import keep
 from hydragrad.trajectory.optimizers import group_names, hyperparameters
-from hydragrad.trajectory.state import Hyper, Manifest, State, StepRecord, capture_state
+from hydragrad.trajectory.randomness import DrawWriter, RandomState, RandomWatch
+from hydragrad.trajectory.sources import Sources, Watched
+from hydragrad.trajectory.state import Hyper, Pass, State, StepRecord, capture_state
+from hydragrad.trajectory.watching import ModelWatch, Modes, unwrapped
 from hydragrad.trajectory.writer import StoreWriter
 
 
@@ -28,12 +33,16 @@ def record(
     reduction: str | None = None,
     checkpoint_every: int = 100,
     overwrite: bool = False,
+    scaler: GradScaler | None = None,
+    keep_batches: bool = False,
 ) -> "Recording":
     """Record a training loop into the folder ``path``; a context manager that changes none of the loop's numbers.
 
     ``reduction`` ("mean" or "sum") is an optional note of how the loop reduces a batch's losses; the full state is
-    stored every ``checkpoint_every`` steps. Raises StoreError if the folder holds a run (unless ``overwrite``),
-    UnsupportedError for what cannot be recorded.
+    stored every ``checkpoint_every`` steps; ``scaler``: the loop's torch.amp.GradScaler, whose scales are noted;
+    ``keep_batches``: store the batches themselves, for data that cannot be made again. That costs their size on disk
+    for every step (64 images of 3 x 32 x 32 floats: 0.8 MB a step), and memory for those of ``checkpoint_every`` steps.
+    Raises StoreError if the folder holds a run (unless ``overwrite``), UnsupportedError for what cannot be recorded.
 
     Example::
 
@@ -52,7 +61,17 @@ def record(
         )
     if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise UnsupportedError(message("bad checkpoint_every", expected="a positive int", got=repr(checkpoint_every)))
-    return Recording(Path(path), model, optimizer, reduction, checkpoint_every, overwrite)
+    if scaler is not None and scaler.is_enabled() and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise UnsupportedError(
+            message(
+                "a fused optimizer skips a scaler's overflowing steps inside its kernel",
+                expected="an optimizer whose step() is not called on overflow",
+                got=f"{type(optimizer).__name__}(fused=True)",
+                cause="the gradients are unscaled, and the step perhaps skipped, where no recorder can see it",
+                remedy="make the optimizer with fused=False",
+            )
+        )
+    return Recording(Path(path), model, optimizer, reduction, checkpoint_every, overwrite, scaler, keep_batches)
 
 
 @final
@@ -67,47 +86,49 @@ class Recording:
         reduction: str | None,
         checkpoint_every: int,
         overwrite: bool,
+        scaler: GradScaler | None,
+        keep_batches: bool,
     ) -> None:
         self._path, self._model, self._optimizer = path, model, optimizer
         self._reduction, self._checkpoint_every, self._overwrite = reduction, checkpoint_every, overwrite
-        self._params: dict[str, Tensor] = dict(model.named_parameters())
-        self._buffers: dict[str, Tensor] = dict(model.named_buffers())
-        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        plain = unwrapped(model)
+        self._params: dict[str, Tensor] = dict(plain.named_parameters())
+        self._buffers: dict[str, Tensor] = dict(plain.named_buffers())
         self._group_names = group_names(self._params, optimizer)
         self._device = next((param.device for param in self._params.values()), torch.device("cpu"))
         self._fingerprint = GradientFingerprint([param.numel() for param in self._params.values()])
-        self._writer: StoreWriter | None = None
-        self._handles: list[Any] = []
+        self._modes = Modes(plain)
+        self._watch = ModelWatch(model, self._buffers, self._modes, self._device)
         self._backwards = BackwardWatch(self._backward_seen)
-        self._loaders: list[tuple[Any, WatchedLoader | WatchedBatches]] = []
-        self._passes: list[int] = []
+        self._sources, self._clips = Sources(), ClipNotes(self._params)
+        self._random, self._draws = RandomWatch(self._device), DrawWriter()
+        self._writer: StoreWriter | None = None
+        self._open = contextlib.ExitStack()
         self._initial: State | None = None
         self._batch_leaves: list[dict[str, Any]] = []
         self._now = Gathered()
-        self._rng: tuple[Any, ...] | None = None
         self._last_groups: tuple[Hyper, ...] = ()
-        self._last_modes: tuple[list[bool], dict[str, bool]] = ([], {})
         self._last_none: frozenset[str] = frozenset()
         self._taken: StepRecord | None = None  # between the hooks of one optimizer step
         self._steps: list[StepRecord] = []
+        self._kept: list[Any] | None = [] if keep_batches else None
         self._count = 0
+        self._within = False  # between a batch and what follows it
 
     def __enter__(self) -> "Recording":
         self._writer = StoreWriter(self._path, overwrite=self._overwrite)
-        self._handles = [
-            self._optimizer.register_step_pre_hook(self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._open.enter_context(self._watch.watching())
+        self._open.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
+        self._open.callback(self._optimizer.register_step_post_hook(self._after_step).remove)
+        self._open.callback(self._backwards.stop)
         self._backwards.watch(self._params, frozenset())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._backwards.stop()
+        self._open.close()
         assert self._writer is not None
         try:
             if not self._writer.started and kind is None:
@@ -127,9 +148,9 @@ class Recording:
         except StoreError as refused:
             failed = refused
         reason = f"{kind.__name__}: {error}" if kind is not None else f"StoreError: {failed}" if failed else ""
-        leftover = [*self._now.skipped, *(batch.ids for batch in self._now.batches)]
+        leftover = [batch.ids.tolist() for batch in (*self._now.skipped, *self._now.batches)]
         try:
-            writer.finish(complete=not reason, reason=reason, skipped=[ids.tolist() for ids in leftover])
+            writer.finish(complete=not reason, reason=reason, skipped=leftover)
         except StoreError as refused:
             failed = failed or refused
         if failed is not None and kind is None:
@@ -141,70 +162,75 @@ class Recording:
         For anything else than a DataLoader give ``indices``: the ids of each batch, in the same order. The result has
         a length if ``loader`` has, and may be iterated once per epoch.
         """
-        for place, (known, watched) in enumerate(self._loaders):
-            if known is loader and indices is None:
-                return RecordedBatches(self, place, watched)
-        if indices is not None:
-            watched = WatchedBatches(loader, indices)
-        elif isinstance(loader, DataLoader):
-            watched = WatchedLoader(loader)
-        else:
-            raise UnsupportedError(
-                message(
-                    "the ids of these batches are unknown",
-                    expected="a torch DataLoader",
-                    got=type(loader).__name__,
-                    remedy="recording.batches(iterable, indices=[[ids of batch 0], [ids of batch 1], ...])",
-                )
-            )
-        return RecordedBatches(self, self._place(loader, watched), watched)
+        return RecordedBatches(self, *self._sources.watch(loader, indices))
 
-    def _place(self, loader: Any, watched: WatchedLoader | WatchedBatches) -> int:
-        """The number of a loader; batches with ids given by hand all count as one, whose passes are epochs."""
-        by_hand = isinstance(watched, WatchedBatches)
-        for place, (_, known) in enumerate(self._loaders):
-            if by_hand and isinstance(known, WatchedBatches):
-                return place
-            if not by_hand and isinstance(known, WatchedLoader) and known.data is not watched.data:
-                raise UnsupportedError(
-                    message(
-                        "loaders of different data sets in one recording",
-                        expected="one data set, so that an id means one example",
-                        got=f"{type(known.data).__name__} of {known.length}, {type(watched.data).__name__} "
-                        f"of {watched.length}",
-                        remedy="let both loaders sample from one data set (ConcatDataset and samplers)",
-                    )
-                )
-        self._loaders.append((loader, watched))
-        self._passes.append(0)
-        return len(self._loaders) - 1
+    def clip_grad_norm_(
+        self,
+        parameters: Tensor | Iterable[Tensor],
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> Tensor:
+        """``torch.nn.utils.clip_grad_norm_``, noted so that replay and derivatives clip too; returns its total norm.
 
-    def _iterate(self, place: int, watched: WatchedLoader | WatchedBatches) -> Iterator[Any]:
+            g <- min(1, max_norm / (||g||_p + 1e-6)) g        p = norm_type
+
+        Call it once the step's gradient is complete. Raises MismatchError for tensors that are no parameters of the
+        model. Example: ``recording.clip_grad_norm_(model.parameters(), 1.0)``.
+        """
+        norm = self._clips.norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        self._backwards.rewritten()
+        return norm
+
+    def clip_grad_value_(
+        self, parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
+    ) -> None:
+        """``torch.nn.utils.clip_grad_value_`` (every element clamped to [-clip_value, clip_value]), noted likewise.
+
+        Example: ``recording.clip_grad_value_(model.parameters(), 0.5)``.
+        """
+        self._clips.value_(parameters, clip_value, foreach)
+        self._backwards.rewritten()
+
+    def _iterate(self, place: int, watched: Watched) -> Iterator[Any]:
         if self._writer is None:
             raise HydragradError(
                 message(
                     "this recording is not open", remedy="iterate inside `with hydragrad.record(...) as recording:`"
                 )
             )
-        epoch = self._passes[place]
-        self._passes[place] += 1
+        self._end_batch()  # of another loader
+        epoch = self._sources.begin(place)
         for ids, batch in watched:
             if self._initial is None:
                 self._initial, self._batch_leaves = self._capture(), describe_batch(batch)
-            self._now.batches.append(PendingBatch(ids, batch_digests(batch, len(ids)), epoch, place))
-            self._rng = _rng_mark(self._device)
+            pending = PendingBatch(ids, batch_digests(batch, len(ids)), epoch, place)
+            if self._kept is not None:
+                pending.content = keep(batch)
+            self._now.batches.append(pending)
+            self._begin_batch()
             yield batch
-            self._note_randomness()
+            self._end_batch()
 
-    def _note_randomness(self) -> None:
-        if self._rng is not None and not self._now.random:
-            self._now.random = self._rng != _rng_mark(self._device)
-        self._rng = None
+    def _begin_batch(self) -> None:
+        self._watch.begin()
+        self._random.begin()
+        self._within = True
+
+    def _end_batch(self) -> None:
+        """The loop went on from the last yielded batch: to its step, or to the next batch."""
+        if self._within and self._now.batches:
+            self._now.batches[-1].drawn = self._random.end()
+            self._now.batches[-1].ran = self._watch.end()
+        self._within = False
 
     def _backward_seen(self, fresh: bool) -> None:
         """A backward pass reached the parameters; ``fresh``: into gradients that had been zeroed before."""
         if fresh:
             self._now.zeroed()
+        self._clips.backward(fresh)
+        self._watch.backward_seen()
         self._now.backwards += 1
         self._now.seen = len(self._now.batches)
         if self._now.batches:
@@ -213,16 +239,8 @@ class Recording:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._writer is not None
-        if (len(args) > 1 and args[1] is not None) or kwargs.get("closure") is not None:
-            raise UnsupportedError(
-                message(
-                    "optimizer.step was given a closure",
-                    expected="one gradient per step",
-                    cause=f"{type(optimizer).__name__} evaluates the loss inside the step",
-                    remedy="use an optimizer whose step() takes no closure",
-                )
-            )
-        self._note_randomness()
+        _refuse_closure(optimizer, args, kwargs)
+        self._end_batch()
         batches = self._now.claim()
         if not batches:
             raise MismatchError(
@@ -234,26 +252,57 @@ class Recording:
             )
         if not self._writer.started:
             self._start()
-        grads = [param.grad for param in self._params.values()]
-        none = frozenset(name for name, grad in zip(self._params, grads, strict=True) if grad is None)
-        if none != self._last_none:
-            self._last_none = none
+        none, frozen, grads = self._gradients()
         if self._count == 0:
             self._backwards.watch(self._params, none)
+        passes, draws = self._in_order(batches)
+        if self._kept is not None:
+            moved = [batch for batch in self._now.skipped if batch.ran is not None and batch.ran.modes is not None]
+            self._kept += [batch.content for batch in (*batches, *sorted(moved, key=lambda batch: batch.place))]
         self._taken = StepRecord(
             index=self._count,
             epoch=batches[0].epoch,
-            batches=tuple(batch.ids for batch in batches),
-            digests=tuple(batch.digests for batch in batches),
+            batches=tuple([batch.ids for batch in batches]),
+            digests=tuple([batch.digests for batch in batches]),
             groups=self._groups(),
-            without_grad=self._last_none,
+            without_grad=none,
             fingerprint=self._fingerprint(grads),
-            random=self._now.random,
-            modes=self._modes(),
-            epochs=tuple(batch.epoch for batch in batches),
-            loaders=tuple(batch.loader for batch in batches),
-            skipped=tuple(self._now.skipped),
+            modes=self._modes.now(),
+            epochs=tuple([batch.epoch for batch in batches]),
+            loaders=tuple([batch.loader for batch in batches]),
+            skipped=tuple([batch.ids for batch in self._now.skipped]),
+            draws=draws,
+            clips=self._clips.take(),
+            scale=None if self._scaler is None else self._scaler.get_scale(),
+            autocast=tuple([batch.ran and batch.ran.autocast for batch in batches]),
+            frozen=frozen,
+            passes=passes,
         )
+
+    def _gradients(self) -> tuple[frozenset[str], frozenset[str], list[Tensor | None]]:
+        """Names without a gradient, names that hold one without requiring it, and the gradients."""
+        grads = [param.grad for param in self._params.values()]
+        pairs = list(zip(self._params.items(), grads, strict=True))
+        none = frozenset([name for (name, _), grad in pairs if grad is None])
+        if none != self._last_none:
+            self._last_none = none
+        frozen = frozenset([name for (name, p), grad in pairs if grad is not None and not p.requires_grad])
+        return self._last_none, frozen, grads
+
+    def _in_order(self, batches: list[PendingBatch]) -> tuple[tuple[Pass, ...], tuple[Any, ...]]:
+        """Skipped batches that changed buffers, and what every batch drew, noted in the order of training."""
+        passes, draws = [], []
+        waiting = [batch for batch in self._now.skipped if batch.ran is not None and batch.ran.modes is not None]
+        for k, batch in enumerate([*batches, None]):
+            for skipped in [one for one in waiting if one.place == k]:
+                assert skipped.ran is not None
+                assert skipped.ran.modes is not None
+                draw = self._draws.draw(skipped.drawn)
+                autocast = skipped.ran.autocast
+                passes.append(Pass(skipped.ids, skipped.digests, skipped.epoch, k, skipped.ran.modes, autocast, draw))
+            if batch is not None:
+                draws.append(self._draws.draw(batch.drawn))
+        return tuple(passes), tuple(draws)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._taken is not None
@@ -266,11 +315,14 @@ class Recording:
     def _flush(self, state: State | None) -> None:
         assert self._writer is not None
         if self._steps:
-            self._writer.flush(self._steps, state)
+            self._writer.flush(self._steps, state, self._kept)
             self._steps = []
+            self._kept = None if self._kept is None else []
+            self._draws.forget()
 
     def _capture(self) -> State:
-        return capture_state(self._count, self._params, self._buffers, self._optimizer)
+        random = RandomState.capture(self._device)
+        return capture_state(self._count, self._params, self._buffers, self._optimizer, random)
 
     def _groups(self) -> tuple[Hyper, ...]:
         groups = hyperparameters(self._optimizer, self._group_names)
@@ -278,46 +330,40 @@ class Recording:
             self._last_groups = groups
         return self._last_groups
 
-    def _modes(self) -> dict[str, bool]:
-        training = [module.training for module in self._modules.values()]
-        if training != self._last_modes[0]:
-            self._last_modes = (training, dict(zip(self._modules, training, strict=True)))
-        return self._last_modes[1]
-
     def _start(self) -> None:
         """Write the manifest and the state before the first step, captured when the first batch was yielded."""
         assert self._writer is not None
-        watched = self._loaders[0][1] if self._loaders else None
-        collate = (
-            {"mode": watched.mode, **watched.collate} if watched is not None else {"mode": "samples", "default": True}
-        )
-        manifest = Manifest(
-            version=VERSION,
-            torch=torch.__version__,
-            params={name: {**_spec(p), "requires_grad": p.requires_grad} for name, p in self._params.items()},
-            buffers={name: _spec(buffer) for name, buffer in self._buffers.items()},
-            optimizer={
-                "class": type(self._optimizer).__name__,
-                "module": type(self._optimizer).__module__,
-                "groups": self._group_names,
-            },
-            modes=dict(self._modes()),
-            data_length=watched.length if watched is not None else None,
-            collate=collate,
-            batch=self._batch_leaves,
-            reduction=self._reduction,
-            checkpoint_every=self._checkpoint_every,
-            device=str(self._device),
-        )
-        self._writer.start(manifest, self._initial or self._capture())
         self._initial = self._initial or self._capture()
+        manifest = describe_run(
+            self._model,
+            self._optimizer,
+            self._group_names,
+            self._modes.now(),
+            self._sources.first,
+            self._batch_leaves,
+            self._reduction,
+            self._checkpoint_every,
+        )
+        self._writer.start(manifest, self._initial)
+
+
+def _refuse_closure(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if (len(args) > 1 and args[1] is not None) or kwargs.get("closure") is not None:
+        raise UnsupportedError(
+            message(
+                "optimizer.step was given a closure",
+                expected="one gradient per step",
+                cause=f"{type(optimizer).__name__} evaluates the loss inside the step",
+                remedy="use an optimizer whose step() takes no closure",
+            )
+        )
 
 
 @final
 class RecordedBatches:
     """An iterable of the loader's own batches, each noted as it passes."""
 
-    def __init__(self, recording: Recording, place: int, watched: WatchedLoader | WatchedBatches) -> None:
+    def __init__(self, recording: Recording, place: int, watched: Watched) -> None:
         self._recording, self._place, self._watched = recording, place, watched
 
     def __len__(self) -> int:
@@ -325,16 +371,3 @@ class RecordedBatches:
 
     def __iter__(self) -> Iterator[Any]:
         return self._recording._iterate(self._place, self._watched)
-
-
-def _spec(tensor: Tensor) -> dict[str, Any]:
-    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-
-
-def _rng_mark(device: torch.device) -> tuple[Any, ...]:
-    """A mark of torch's default random state that differs once a number was drawn."""
-    mark: tuple[Any, ...] = (torch.get_rng_state().numpy().tobytes(),)
-    if device.type == "cuda":  # seed and offset live on the host: nothing is waited for
-        generator = torch.cuda.default_generators[device.index or 0]
-        mark += (generator.initial_seed(), generator.get_offset())
-    return mark

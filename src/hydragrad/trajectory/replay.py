@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, final
 
 import torch
@@ -11,12 +10,14 @@ from torch import Tensor, nn
 from hydragrad.errors import MismatchError, NonFiniteError, message
 from hydragrad.problem import Problem
 from hydragrad.trajectory.agreement import explain_data, explain_gradient, gradient_difference, tolerance
-from hydragrad.trajectory.batches import BatchSource
+from hydragrad.trajectory.batches import BatchSource, to_device
+from hydragrad.trajectory.binding import lay_out
 from hydragrad.trajectory.fingerprints import GradientFingerprint, batch_digests
 from hydragrad.trajectory.optimizers import build_optimizer, restore_optimizer
-from hydragrad.trajectory.randomness import RandomState
+from hydragrad.trajectory.randomness import DrawReader, RandomState
 from hydragrad.trajectory.state import Hyper, State, StepRecord, capture_state
 from hydragrad.trajectory.store import Trajectory
+from hydragrad.trajectory.watching import autocast_as
 
 
 def check_weights(weights: Tensor, length: int) -> Tensor:
@@ -40,14 +41,20 @@ class Replayer:
 
     On the machine that recorded, bit for bit. ``check``: compare each batch's content and each gradient with the
     record; a difference raises MismatchError in words (steps that drew random numbers are always compared).
-    ``differences``: step -> relative difference of its gradient, for compared steps that were not equal bit for bit.
+    ``differences``: step -> relative difference of its gradient, for compared steps that were not equal bit for bit;
+    ``random``: the state from which each micro-batch of the last step drew, None where it drew nothing; ``raw``: its
+    gradient by name before it was clipped, None where it was not. Random numbers are those of the recording, also with
+    weights, and the caller's generators are left alone.
     Example: ``r = Replayer(problem, trajectory); r.restore(trajectory.state(0)); r.advance(trajectory.steps[0])``.
     """
 
     def __init__(self, problem: Problem, trajectory: Trajectory, *, check: bool = True) -> None:
         manifest = trajectory.manifest
         self.module: nn.Module = copy.deepcopy(problem.model)
+        lay_out(dict(self.module.named_parameters()), manifest)
         self.differences: dict[int, float] = {}
+        self.random: tuple[RandomState | None, ...] = ()
+        self.raw: dict[str, Tensor] | None = None
         self._problem, self._trajectory, self._check = problem, trajectory, check
         self._params = dict(self.module.named_parameters())
         self._buffers = dict(self.module.named_buffers())
@@ -55,12 +62,12 @@ class Replayer:
         self.device = next((param.device for param in self._params.values()), torch.device("cpu"))
         self.source = BatchSource(problem.data, problem.collate, self.device, manifest.collate["mode"])
         self._fingerprint = GradientFingerprint([param.numel() for param in self._params.values()])
-        self.random: tuple[RandomState | None, ...] = ()
-        """The state that each micro-batch of the latest step drew its random numbers from, None where it drew none."""
+        self._draws = DrawReader(self.device)
         self._step = 0
         self._groups: tuple[Hyper, ...] | None = None
         self._modes: Mapping[str, bool] | None = None
         self._none: frozenset[str] | None = None
+        self._frozen: frozenset[str] = frozenset()
         self._trained: list[Tensor] = []
         self._checked_weights: Tensor | None = None
         groups = trajectory.steps[0].groups if trajectory.steps else tuple({} for _ in manifest.optimizer["groups"])
@@ -80,11 +87,13 @@ class Replayer:
         for name, buffer in self._buffers.items():
             buffer.copy_(state.buffers[name])
         restore_optimizer(self._optimizer, state.optimizer, self._params)
+        self._draws.ends = {} if state.random is None else state.random.tensors()
         self._step = state.step
 
     def state(self) -> State:
         """Where it stands, as detached clones."""
-        return capture_state(self._step, self._params, self._buffers, self._optimizer)
+        random = RandomState.of(self._draws.ends, self.device)
+        return capture_state(self._step, self._params, self._buffers, self._optimizer, random)
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients of the step taken last, by parameter name (absent: none came)."""
@@ -92,13 +101,21 @@ class Replayer:
 
     def batches(self, step: StepRecord, *, compare: bool = True) -> list[tuple[Tensor, Any]]:
         """(ids, batch) of each micro-batch of a step, on the device; with ``compare`` its content is compared."""
+        if self._trajectory.keeps_batches:
+            kept = self._trajectory.batches(step.index)
+            return [(ids, to_device(batch, self.device)) for ids, batch in zip(step.batches, kept, strict=False)]
         made = []
-        for ids, digests in zip(step.batches, step.digests, strict=True):
-            batch = self.source.fetch(ids)
-            if self._check and compare and not _same(digests, batch, ids):
-                batch = self._second_look(ids, digests, step.index)
-            made.append((ids, batch))
+        for k, (ids, digests) in enumerate(zip(step.batches, step.digests, strict=True)):
+            epoch = step.epochs[k] if step.epochs else step.epoch
+            made.append((ids, self._checked(ids, digests if compare else None, epoch, step.index)))
         return made
+
+    def _checked(self, ids: Tensor, digests: Tensor | None, epoch: int, step: int) -> Any:
+        """The batch of these ids, compared with the record where that is asked for."""
+        batch = self.source.fetch(ids, epoch=epoch)
+        if digests is None or not self._check or _same(digests, batch, ids):
+            return batch
+        return self._second_look(ids, digests, epoch, step)
 
     def advance(self, step: StepRecord, weights: Tensor | None = None, *, compare: bool = True) -> None:
         """Take one whole step; ``weights`` [N] multiply the losses of the examples (1: as trained, 0: removed).
@@ -114,21 +131,69 @@ class Replayer:
         self._follow(step)
         for param in self._params.values():
             param.grad = None
-        random: list[RandomState | None] = []
-        with self._quiet(step), torch.enable_grad():
-            for ids, batch in self.batches(step, compare=compare):
-                random.append(RandomState.now() if step.random else None)
-                losses = self._problem.losses(self.module, batch, len(ids))
-                chosen = None if weights is None else weights[ids]
-                self._problem.reduction.scalar(batch, losses, chosen).backward()
+        random = []
+        for k, (ids, batch) in enumerate(self.batches(step, compare=compare)):
+            self._pass_by(step, k)
+            draw = step.draws[k] if step.draws else None
+            cast = step.autocast[k] if step.autocast else None
+            with self._draws.drawing(draw) as start, torch.enable_grad():
+                with autocast_as(cast, self.device.type):
+                    scalar = self._scalar(ids, batch, None if weights is None else weights[ids], first=k == 0)
+                with autocast_as(cast if cast is not None and cast.backward else None, self.device.type):
+                    (scalar if step.scale is None else scalar * self._number(step.scale)).backward()
+            random.append(start)
+        self._pass_by(step, len(step.batches))
         self.random = tuple(random)
         for param in self._trained:
             if param.grad is None:  # unreached now, yet the recorded gradient was zeros and took part in the step
                 param.grad = torch.zeros_like(param)
-        if weights is None and ((self._check and compare) or step.random):
+        self._unscale(step)
+        self._clip(step)
+        if weights is None and ((self._check and compare) or step.unknown):
             self._compare(step)
         self._optimizer.step()
         self._step += 1
+
+    def _scalar(self, ids: Tensor, batch: Any, weights: Tensor | None, *, first: bool) -> Tensor:
+        """What the loop differentiated for one micro-batch."""
+        losses = self._problem.losses(self.module, batch, len(ids))
+        scalar = self._problem.reduction.scalar(batch, losses, weights)
+        return scalar + self._problem.penalty_of(self.module) if first and self._problem.penalty is not None else scalar
+
+    def _pass_by(self, step: StepRecord, place: int) -> None:
+        """Run the model on batches that were skipped at this place, for what their forward pass does to buffers."""
+        passed = [(number, one) for number, one in enumerate(step.passes) if one.place == place]
+        for number, one in passed:
+            self._follow_modes(one.modes)
+            if self._trajectory.keeps_batches:
+                kept = self._trajectory.batches(step.index)[len(step.batches) + number]
+                batch = to_device(kept, self.device)
+            else:
+                batch = self._checked(one.ids, one.digests, one.epoch, step.index)
+            with self._draws.drawing(one.draw), torch.enable_grad(), autocast_as(one.autocast, self.device.type):
+                self._problem.loss(self.module, batch)  # with gradients on, so that the kernels are those of training
+        if passed:
+            self._follow_modes(step.modes)
+
+    def _number(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=self.device)
+
+    def _unscale(self, step: StepRecord) -> None:
+        """Divide by a gradient scaler's scale what it divides: the gradients of the optimizer's parameters."""
+        if step.scale is None:
+            return
+        inverse = self._number(step.scale).double().reciprocal().float().item()
+        for group in self._optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.grad.mul_(inverse)
+
+    def _clip(self, step: StepRecord) -> None:
+        self.raw = None
+        if step.clips:
+            self.raw = {name: p.grad.clone() for name, p in self._params.items() if p.grad is not None}
+        for clip in step.clips:
+            clip.apply_(self._params)
 
     def _follow(self, step: StepRecord) -> None:
         """Set hyperparameters, modes and what trains as they were at this step."""
@@ -139,22 +204,15 @@ class Replayer:
         if step.modes is not self._modes and step.modes:
             self._follow_modes(step.modes)
             self._modes = step.modes
-        if step.without_grad is not self._none:
+        if step.without_grad is not self._none or step.frozen != self._frozen:
             for name, param in self._params.items():
-                param.requires_grad_(name not in step.without_grad)
+                param.requires_grad_(name not in step.without_grad and name not in step.frozen)
             self._trained = [param for name, param in self._params.items() if name not in step.without_grad]
-            self._none = step.without_grad
+            self._none, self._frozen = step.without_grad, step.frozen
 
     def _follow_modes(self, modes: Mapping[str, bool]) -> None:
         for name, module in self._modules.items():
             module.training = modes.get(name, module.training)
-
-    def _quiet(self, step: StepRecord) -> Any:
-        """Keep the user's random state where a step draws from it; else nothing is drawn, and nothing is paid."""
-        if not step.random:
-            return nullcontext()
-        devices = [self.device] if self.device.type == "cuda" else []
-        return torch.random.fork_rng(devices=devices)
 
     def _compare(self, step: StepRecord) -> None:
         replayed = self._fingerprint([param.grad for param in self._params.values()])
@@ -167,13 +225,13 @@ class Replayer:
             examples = len(step.batches[0])
             raise MismatchError(explain_gradient(step.fingerprint, replayed, step.index, examples, step.random))
 
-    def _second_look(self, ids: Tensor, digests: Tensor, step: int) -> Any:
-        batch = self.source.fetch(ids, fresh=True)
+    def _second_look(self, ids: Tensor, digests: Tensor, epoch: int, step: int) -> Any:
+        batch = self.source.fetch(ids, epoch=epoch, fresh=True)
         if _same(digests, batch, ids):
             return batch
         raise MismatchError(
             explain_data(
-                lambda wanted: self.source.fetch(wanted, fresh=True),
+                lambda wanted: self.source.fetch(wanted, epoch=epoch, fresh=True),
                 len(self._problem.data),
                 ids,
                 digests,

@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hydragrad.errors import UnsupportedError, message
+from hydragrad.step.clipping import Clip
+from hydragrad.trajectory.randomness import Draw, RandomState
+from hydragrad.trajectory.watching import Autocast
 
 Hyper = dict[str, Any]
 """Hyperparameters of one param group at one step: floats, bools, ints, strings, None, tuples of these."""
@@ -20,13 +23,32 @@ class State:
     """Everything training changes, before step ``step`` is taken (``step`` = T: the end of the run).
 
     ``params`` and ``buffers`` by name (ties once, frozen parameters too); ``optimizer``: parameter name -> slot ->
-    tensor, as in torch.optim's own state (a slot that is None there is absent here).
+    tensor, as in torch.optim's own state (a slot that is None there is absent here); ``random``: in a checkpoint the
+    generators as training had them, in a replay where the last recorded draws ended.
     """
 
     step: int
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
+    random: RandomState | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Pass:
+    """A skipped batch whose forward pass changed buffers (BatchNorm's statistics), though no gradient came from it.
+
+    ``place``: how many of its step's micro-batches came before it.
+    """
+
+    ids: Tensor
+    digests: Tensor
+    epoch: int
+    place: int
+    modes: Mapping[str, bool]
+    autocast: Autocast | None = None
+    draw: Draw | None = None
 
 
 @final
@@ -36,8 +58,11 @@ class StepRecord:
 
     ``batches``: ids of each micro-batch in order, int64 ``[b]``; ``digests``: per-example content digests, parallel;
     ``groups``: hyperparameters of each param group; ``fingerprint``: float64 [3], the gradient's norm and two
-    projections just before the update; ``random``: torch's random numbers were drawn inside the step; ``modes``:
-    submodule name -> training; ``skipped``: ids of batches before this step that no gradient came from.
+    projections just before the update; ``modes``: submodule name -> training; ``skipped``: ids of batches before this
+    step that no gradient came from; ``draws``: what each micro-batch drew random numbers from, None for nothing;
+    ``clips``: how the gradient was clipped, in order, before the fingerprint was taken; ``scale``: of a gradient
+    scaler; ``autocast`` of each micro-batch's forward pass; ``frozen``: parameters that held a gradient while they did
+    not require one; ``passes``: skipped batches that changed buffers.
     """
 
     index: int
@@ -47,11 +72,26 @@ class StepRecord:
     groups: tuple[Hyper, ...]
     without_grad: frozenset[str]
     fingerprint: Tensor
-    random: bool
     modes: Mapping[str, bool] = field(default_factory=dict)
     epochs: tuple[int, ...] = ()
     loaders: tuple[int, ...] = ()
     skipped: tuple[Tensor, ...] = ()
+    draws: tuple[Draw | None, ...] = ()
+    clips: tuple[Clip, ...] = ()
+    scale: float | None = None
+    autocast: tuple[Autocast | None, ...] = ()
+    frozen: frozenset[str] = frozenset()
+    passes: tuple[Pass, ...] = ()
+
+    @property
+    def unknown(self) -> bool:
+        """Whether random numbers were drawn that cannot be drawn again (runs of the first format)."""
+        return any(draw is not None and not draw for draw in self.draws)
+
+    @property
+    def random(self) -> bool:
+        """Whether random numbers were drawn inside the step."""
+        return any(draw is not None for draw in self.draws) or any(p.draw is not None for p in self.passes)
 
 
 @final
@@ -62,7 +102,7 @@ class Manifest:
     version: int
     torch: str
     params: dict[str, dict[str, Any]]
-    """Parameter name -> {"shape", "dtype", "requires_grad"}, in the model's order."""
+    """Parameter name -> {"shape", "dtype", "requires_grad"; "stride" unless contiguous}, in the model's order."""
     buffers: dict[str, dict[str, Any]]
     optimizer: dict[str, Any]
     """{"class", "module", "groups": names of each group's parameters in order}."""
@@ -76,11 +116,16 @@ class Manifest:
     checkpoint_every: int
     device: str
     extra: dict[str, Any] = field(default_factory=dict)
+    """{"compiled": whether a compiled model trained}."""
 
 
 @torch.no_grad()
 def capture_state(
-    step: int, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Optimizer
+    step: int,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    optimizer: Optimizer,
+    random: RandomState | None = None,
 ) -> State:
     """The State of live tensors as detached clones; raises UnsupportedError for optimizer state that is no tensor."""
     slots = {}
@@ -93,6 +138,7 @@ def capture_state(
         {name: param.clone() for name, param in params.items()},
         {name: buffer.clone() for name, buffer in buffers.items()},
         slots,
+        random,
     )
 
 

@@ -4,12 +4,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from hydragrad.errors import MismatchError, StoreError, message
 from hydragrad.files import loads, read_bytes, reading, sha256
 from hydragrad.journal import FileRef, read_journal
 from hydragrad.trajectory.format import JOURNAL, MANIFEST, VERSION, decode_state, decode_steps
+from hydragrad.trajectory.keeping import decode_batches
 from hydragrad.trajectory.state import Manifest, State, StepRecord
 from hydragrad.trajectory.validation import check_entries, check_manifest, check_state, check_steps
 
@@ -40,6 +41,8 @@ class Trajectory:
         self.identity: str = sha256(described + written)
         """What tells this run, as far as it was recorded, from every other."""
         self._states: dict[int, FileRef] = {}
+        self._batches: dict[int, FileRef] = {}
+        self._segment: tuple[int, list[Any]] = (-1, [])
         steps: list[StepRecord] = []
         for entry in entries:
             if entry.get("end"):
@@ -48,6 +51,9 @@ class Trajectory:
                 checkpoint = FileRef.of(entry["checkpoint"], journal)
                 checkpoint.check_size(self.folder)
                 self._states[entry["stop"]] = checkpoint
+            if entry.get("batches") is not None:
+                self._batches[entry["start"]] = FileRef.of(entry["batches"], journal)
+                self._batches[entry["start"]].check_size(self.folder)
             if entry["steps"] is not None:
                 ref = FileRef.of(entry["steps"], journal)
                 path = self.folder / ref.name
@@ -79,6 +85,20 @@ class Trajectory:
         state = decode_state(path, ref.read(self.folder))
         check_state(state, self.manifest, step, path)
         return state
+
+    @property
+    def keeps_batches(self) -> bool:
+        """Whether the batches themselves are stored."""
+        return bool(self._batches)
+
+    def batches(self, step: int) -> list[Any]:
+        """The stored batches of a step, on the CPU: those of its micro-batches, then those of its ``passes``."""
+        start = max(first for first in self._batches if first <= step)
+        if self._segment[0] != start:
+            ref = self._batches[start]
+            self._segment = start, decode_batches(self.folder / ref.name, ref.read(self.folder))
+        counts = [len(record.batches) + len(record.passes) for record in self.steps[start : step + 1]]
+        return self._segment[1][sum(counts[:-1]) : sum(counts)]
 
     def nearest(self, step: int) -> int:
         """The last stored step at or before ``step``."""

@@ -10,6 +10,7 @@ from hydragrad.files import dumps, sha256, stage, writing
 from hydragrad.journal import FileRef, Journal, sealed
 from hydragrad.locks import Lock
 from hydragrad.trajectory.format import JOURNAL, LOCK, MANIFEST, encode_state, encode_steps
+from hydragrad.trajectory.keeping import encode_batches
 from hydragrad.trajectory.state import Manifest, State, StepRecord
 
 
@@ -70,12 +71,13 @@ class StoreWriter:
     def _clear(self, kept: set[Path]) -> None:
         """Remove the run that was here, its manifest first: without that it is gone as a whole."""
         (self.folder / MANIFEST).unlink(missing_ok=True)
-        for old in [self.folder / JOURNAL, *self.folder.glob("steps/*"), *self.folder.glob("checkpoints/*")]:
+        held = [path for kind in ("steps", "checkpoints", "batches") for path in self.folder.glob(f"{kind}/*")]
+        for old in [self.folder / JOURNAL, *held]:
             if old.suffix in (".safetensors", ".jsonl", ".tmp") and old not in kept:
                 old.unlink(missing_ok=True)
 
-    def flush(self, steps: list[StepRecord], state: State | None) -> None:
-        """Append a segment: ``steps``, and the state after the last of them (None: it cannot be told apart)."""
+    def flush(self, steps: list[StepRecord], state: State | None, batches: list[Any] | None = None) -> None:
+        """Append a segment: ``steps``, the state after the last of them (None: it cannot be told apart), batches."""
         start, stop = steps[0].index, steps[-1].index + 1
         entry = {
             "start": start,
@@ -83,6 +85,9 @@ class StoreWriter:
             "steps": FileRef.write(self.folder, f"steps/{start:08d}.safetensors", encode_steps(steps)).to_dict(),
             "checkpoint": None if state is None else self._checkpoint(state),
         }
+        if batches is not None:
+            name = f"batches/{start:08d}.safetensors"
+            entry["batches"] = FileRef.write(self.folder, name, encode_batches(batches)).to_dict()
         self._append(entry)
         self._written = stop
 

@@ -1,0 +1,77 @@
+"""Random augmentation that comes out the same whenever the same example is asked for in the same epoch."""
+
+from typing import Any, final
+
+from torch.utils.data import Dataset
+
+from hydragrad.errors import UnsupportedError, message
+from hydragrad.trajectory.randomness import seeded
+
+
+@final
+class EpochIndex(int):
+    """The position of an example, with the epoch in which it is asked for; both survive the way to a worker process."""
+
+    epoch: int
+
+    def __new__(cls, position: int, epoch: int) -> "EpochIndex":
+        made = super().__new__(cls, position)
+        made.epoch = epoch
+        return made
+
+    def __reduce__(self) -> Any:
+        return EpochIndex, (int(self), self.epoch)
+
+
+@final
+class Augmented(Dataset):
+    """A map-style data set whose random augmentation can be repeated: example i of epoch e is always the same.
+
+        sample = dataset[i], drawn with torch, numpy and Python seeded from (seed, e, i)
+
+    Different epochs differ. While recording, the epoch is the pass over the loader; elsewhere (queries,
+    ``train_set[3]``) it is 0. The caller's random states stay as they were, in worker processes too. It must be the
+    outermost data set; generators of the data set's own are not seeded.
+    Example: ``train_set = hydragrad.Augmented(train_set)``, for the loader and for ``hydragrad.load``.
+    """
+
+    def __init__(self, dataset: Any, seed: int = 0) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        many = isinstance(index, (list, tuple))
+        asked = list(index) if many else [index]
+        positions = [int(i) % len(self) for i in asked]
+        epoch = getattr(asked[0], "epoch", 0) if asked else 0
+        with seeded("augmented", self.seed, epoch, positions):
+            return self.dataset[positions if many else int(index)]
+
+
+def in_epoch(data: Any, index: Any, epoch: int) -> Any:
+    """What to ask ``data`` for: ``index`` (a position or a sequence of them), with the epoch if it can use that."""
+    if not isinstance(data, Augmented):
+        return index
+    if isinstance(index, int):
+        return EpochIndex(index, epoch)
+    return [EpochIndex(int(i), epoch) for i in index]
+
+
+def refuse_hidden(data: Any) -> None:
+    """Refuse an Augmented below another data set, which would lose the epoch on the way."""
+    below = [getattr(data, "dataset", None), *(getattr(data, "datasets", None) or ())]
+    for part in below if not isinstance(data, Augmented) else ():
+        if isinstance(part, Augmented):
+            raise UnsupportedError(
+                message(
+                    "hydragrad.Augmented is not the outermost data set",
+                    expected="Augmented(Subset(...)), Augmented(ConcatDataset(...))",
+                    got=f"{type(data).__name__} of an Augmented",
+                    cause="the data set around it hands on plain positions, so that every epoch would look alike",
+                    remedy="wrap the whole data set last: hydragrad.Augmented(dataset)",
+                )
+            )
+        if part is not None:
+            refuse_hidden(part)

@@ -1,0 +1,49 @@
+"""The description of a run, written once when its first step is taken."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hydragrad.trajectory.format import VERSION
+from hydragrad.trajectory.sources import Watched
+from hydragrad.trajectory.state import Manifest
+from hydragrad.trajectory.watching import is_compiled, unwrapped
+
+
+def describe_run(
+    model: nn.Module,
+    optimizer: Optimizer,
+    groups: list[list[str]],
+    modes: Mapping[str, bool],
+    source: Watched | None,
+    batch: list[dict[str, Any]],
+    reduction: str | None,
+    checkpoint_every: int,
+) -> Manifest:
+    """The manifest: what is to be given again at load, and how the data was fetched."""
+    collate = {"mode": source.mode, **source.collate} if source is not None else {"mode": "samples", "default": True}
+    plain = unwrapped(model)
+    params = dict(plain.named_parameters())
+    return Manifest(
+        version=VERSION,
+        torch=torch.__version__,
+        params={name: {**_spec(p), "requires_grad": p.requires_grad} for name, p in params.items()},
+        buffers={name: _spec(buffer) for name, buffer in plain.named_buffers()},
+        optimizer={"class": type(optimizer).__name__, "module": type(optimizer).__module__, "groups": groups},
+        modes=dict(modes),
+        data_length=source.length if source is not None else None,
+        collate=collate,
+        batch=batch,
+        reduction=reduction,
+        checkpoint_every=checkpoint_every,
+        device=str(next((p.device for p in params.values()), torch.device("cpu"))),
+        extra={"compiled": is_compiled(model)},
+    )
+
+
+def _spec(tensor: Tensor) -> dict[str, Any]:
+    spec = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    return spec if tensor.is_contiguous() else {**spec, "stride": list(tensor.stride())}

@@ -1,0 +1,103 @@
+"""Tables of a segment of steps: distinct rows stored once, random states only where they do not follow from others."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from hydragrad.files import dumps
+from hydragrad.trajectory.randomness import GENERATORS, Draw
+from hydragrad.trajectory.state import Pass
+from hydragrad.trajectory.watching import Autocast
+
+_NOTHING, _CONTINUES = -2, -1
+
+
+@final
+class Table:
+    """Distinct rows in order of appearance."""
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+        self._places: dict[str, int] = {}
+        self._last: tuple[Any, int] = (None, -1)
+
+    def place(self, row: Any, plain: Callable[[Any], Any] = lambda row: row) -> int:
+        """The row's place; ``plain`` makes it JSON. The very object of the call before is known at once."""
+        if row is not None and row is self._last[0]:
+            return self._last[1]
+        self._last = (row, self._placed(plain(row)))
+        return self._last[1]
+
+    def _placed(self, row: Any) -> int:
+        key = dumps(row)
+        if key not in self._places:
+            self._places[key] = len(self.rows)
+            self.rows.append(row)
+        return self._places[key]
+
+
+def encode_draws(draws: Sequence[Draw | None]) -> dict[str, Tensor]:
+    """``draws`` int64 [micro-batches, generators]: nothing drawn, going on, or a row of ``random_<generator>``."""
+    states: dict[str, list[Tensor]] = {name: [] for name in GENERATORS}
+    places = torch.full((len(draws), len(GENERATORS)), _NOTHING, dtype=torch.int64)
+    for k, draw in enumerate(draws):
+        for g, name in enumerate(GENERATORS):
+            if draw is None or name not in draw:
+                continue
+            state = draw[name]
+            places[k, g] = _CONTINUES if state is None else len(states[name])
+            if state is not None:
+                states[name].append(state)
+    tensors = {f"random_{name}": torch.stack(rows) for name, rows in states.items() if rows}
+    return {"draws": places, **tensors}
+
+
+def decode_draws(tensors: dict[str, Tensor], micro_batches: int) -> list[Draw | None]:
+    """Inverse of ``encode_draws``; all None where nothing was written."""
+    if "draws" not in tensors:
+        return [None] * micro_batches
+    draws: list[Draw | None] = []
+    for places in tensors["draws"].tolist():
+        drawn = {
+            name: None if place == _CONTINUES else tensors[f"random_{name}"][place]
+            for name, place in zip(GENERATORS, places, strict=True)
+            if place != _NOTHING
+        }
+        draws.append(drawn or None)
+    return draws
+
+
+def plain_autocast(cast: Autocast | None) -> Any:
+    """For a table."""
+    return None if cast is None else [cast.device_type, cast.dtype, cast.cache, cast.backward]
+
+
+def encode_passes(passes: Sequence[Pass], modes: Table, autocast: Table) -> dict[str, Tensor]:
+    """Skipped batches that changed buffers; nothing where there are none. Their draws are stored with the others."""
+    if not passes:
+        return {}
+    rows = [
+        (len(p.ids), p.epoch, p.place, modes.place(p.modes, dict), autocast.place(p.autocast, plain_autocast))
+        for p in passes
+    ]
+    return {
+        "passes": torch.tensor(rows, dtype=torch.int64),
+        "passes_ids": torch.cat([p.ids for p in passes]),
+        "passes_digests": torch.cat([p.digests.to("cpu") for p in passes]),
+    }
+
+
+def decode_passes(
+    tensors: dict[str, Tensor], modes: Sequence[Any], casts: Sequence[Autocast | None], draws: Sequence[Draw | None]
+) -> list[Pass]:
+    """Inverse of ``encode_passes``."""
+    if "passes" not in tensors:
+        return []
+    rows = tensors["passes"].tolist()
+    ids, digests = (tensors[name].split([row[0] for row in rows]) for name in ("passes_ids", "passes_digests"))
+    return [
+        Pass(ids[k], digests[k], epoch, place, modes[mode], casts[cast], draws[k])
+        for k, (_, epoch, place, mode, cast) in enumerate(rows)
+    ]

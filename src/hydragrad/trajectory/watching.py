@@ -1,0 +1,132 @@
+"""Watching a model while it is trained: whether it ran on a batch, under which autocast, in which modes."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+
+@final
+@dataclass(frozen=True)
+class Autocast:
+    """The mixed precision that the model's forward pass ran under: ``dtype`` as in "bfloat16".
+
+    ``backward``: the backward pass ran under it too, and casts its own operations.
+    """
+
+    device_type: str
+    dtype: str
+    cache: bool = True
+    backward: bool = False
+
+    @staticmethod
+    def now(device_type: str) -> "Autocast | None":
+        """What is in force; None: autocast is off."""
+        if not torch.is_autocast_enabled(device_type):
+            return None
+        dtype = str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")
+        return Autocast(device_type, dtype, torch.is_autocast_cache_enabled())
+
+
+def autocast_as(recorded: Autocast | None, device_type: str) -> Any:
+    """A context with the recorded autocast; None: off, whatever the caller is in."""
+    if recorded is not None:
+        dtype = getattr(torch, recorded.dtype)
+        return torch.autocast(recorded.device_type, dtype=dtype, cache_enabled=recorded.cache)
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that was given to torch.compile, if this is what came back; else the model itself."""
+    while type(model).__name__ == "OptimizedModule" and isinstance(
+        inner := getattr(model, "_orig_mod", None), nn.Module
+    ):
+        model = inner
+    return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """By torch.compile(model) or by model.compile()."""
+    return unwrapped(model) is not model or getattr(model, "_compiled_call_impl", None) is not None
+
+
+@final
+class Modes:
+    """Training or evaluation mode of every submodule; the same mapping until one changes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(model.named_modules())
+        self._last: tuple[list[bool], dict[str, bool]] = ([], {})
+
+    def now(self) -> dict[str, bool]:
+        """Submodule name -> training."""
+        training = [module.training for module in self._modules.values()]
+        if training != self._last[0]:
+            self._last = (training, dict(zip(self._modules, training, strict=True)))
+        return self._last[1]
+
+
+@final
+@dataclass(frozen=True)
+class Ran:
+    """What a batch did to the model: the autocast of its forward pass; the modes if it changed buffers, else None."""
+
+    autocast: Autocast | None
+    modes: Mapping[str, bool] | None
+
+
+@final
+class ModelWatch:
+    """Follows the model from batch to batch through a hook before its forward pass."""
+
+    def __init__(self, model: nn.Module, buffers: Mapping[str, Tensor], modes: Modes, device: torch.device) -> None:
+        self._model, self._buffers, self._modes, self._device = model, tuple(buffers.values()), modes, device
+        self._autocast: Autocast | None = None
+        self._versions = 0
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within: the model's calls are seen."""
+        compiled = self._model.__dict__.get("_compiled_call_impl")
+        if compiled is None:
+            handle = self._model.register_forward_pre_hook(self._called)
+            try:
+                yield
+            finally:
+                handle.remove()
+            return
+
+        def seen(*args: Any, **kwargs: Any) -> Any:  # outside the compiled code: a hook would be compiled into it
+            self._called()
+            return compiled(*args, **kwargs)
+
+        self._model.__dict__["_compiled_call_impl"] = seen
+        try:
+            yield
+        finally:
+            self._model.__dict__["_compiled_call_impl"] = compiled
+
+    def _called(self, *_: Any) -> None:
+        if self._autocast is None:
+            self._autocast = Autocast.now(self._device.type)
+
+    def backward_seen(self) -> None:
+        """A backward pass came."""
+        if self._autocast is not None and not self._autocast.backward and torch.is_autocast_enabled(self._device.type):
+            self._autocast = replace(self._autocast, backward=True)
+
+    def begin(self) -> None:
+        """A batch begins."""
+        self._autocast, self._versions = None, self._version()
+
+    def end(self) -> Ran:
+        """It ended."""
+        return Ran(self._autocast, self._modes.now() if self._version() != self._versions else None)
+
+    def _version(self) -> int:
+        return sum([buffer._version for buffer in self._buffers])

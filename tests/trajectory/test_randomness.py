@@ -1,0 +1,270 @@
+"""Random numbers drawn inside steps: recorded from where, drawn again in replay, the caller's generators left alone."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from hydragrad.run import Run
+from hydragrad.trajectory.moments import Backwards, forwards
+from hydragrad.trajectory.randomness import GENERATORS, RandomState, RandomWatch, seeded, undisturbed
+from hydragrad.trajectory.recording import record
+from hydragrad.verification import verify
+from tests.trajectory.loops import (
+    N,
+    assert_same_params,
+    bind,
+    losses,
+    make_data,
+    make_model,
+    params_of,
+    record_run,
+    sgd,
+)
+
+CPU = torch.device("cpu")
+DRAWS: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.rand(1).item(),
+    "numpy": lambda: np.random.rand(),
+    "numpy-normal": lambda: np.random.standard_normal(),  # draws two, keeps one for the next call
+    "python": lambda: random.random(),
+    "python-gauss": lambda: random.gauss(0, 1),
+}
+
+
+def everything() -> list[Any]:
+    """What comes next from every generator, kept normal numbers included."""
+    return [draw() for draw in DRAWS.values() for _ in range(3)]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_state_is_captured_and_restored_without_a_trace(kept: bool) -> None:
+    if kept:
+        np.random.standard_normal()
+        random.gauss(0, 1)
+    state = RandomState.capture()
+    first = everything()
+    with undisturbed():
+        with state.restored():
+            assert everything() == first
+        after = everything()
+    assert everything() == after != first
+    again = RandomState.of({name: tensor.clone() for name, tensor in state.tensors().items()})
+    with again.restored():
+        assert everything() == first
+    assert set(state.tensors()) == set(GENERATORS) - {"cuda"}
+
+
+def test_seeds_by_key() -> None:
+    before = RandomState.capture()
+    with seeded("a", 1):
+        one = everything()
+    with seeded("a", 2):
+        two = everything()
+    with seeded("a", 1):
+        assert everything() == one
+    assert all(a != b for a, b in zip(one, two, strict=True))
+    for name, tensor in RandomState.capture().tensors().items():
+        assert torch.equal(tensor, before.tensors()[name])
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_every_draw_is_seen_also_of_a_kept_number(name: str) -> None:
+    watch, generator = RandomWatch(CPU), name.split("-")[0]
+    for _ in range(5):
+        watch.begin()
+        assert watch.end() is None
+        watch.begin()
+        DRAWS[name]()
+        drawn = watch.end()
+        assert drawn is not None
+        assert set(drawn[0]) == set(drawn[1]) == {generator}
+        for draw in DRAWS.values():
+            draw()  # between two batches: nobody's matter
+
+
+def test_a_kept_normal_number_that_goes_is_a_draw() -> None:
+    watch = RandomWatch(CPU)
+    for _ in range(4):  # every second one changes nothing but that
+        watch.begin()
+        np.random.standard_normal()
+        drawn = watch.end()
+        assert drawn is not None
+        assert set(drawn[0]) == {"numpy"}
+
+
+def dropping() -> nn.Module:
+    """The ordinary model with dropout before its last layer."""
+    layers = list(make_model())
+    return nn.Sequential(*layers[:2], nn.Dropout(0.4), layers[2])
+
+
+def torch_noise(model: nn.Module, batch: Any) -> Tensor:
+    points, labels = batch
+    return losses(model, (points + 0.1 * torch.randn_like(points), labels))
+
+
+def numpy_mixup(model: nn.Module, batch: Any) -> Tensor:
+    points, labels = batch
+    share = float(np.random.beta(0.4, 0.4))
+    order = torch.from_numpy(np.random.permutation(len(labels)))
+    mixed = share * points + (1 - share) * points[order]
+    return share * losses(model, (mixed, labels)) + (1 - share) * losses(model, (mixed, labels[order]))
+
+
+def python_scale(model: nn.Module, batch: Any) -> Tensor:
+    return losses(model, batch) * (1 + 0.2 * random.gauss(0, 1))
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "dropout": (dropping, losses),
+    "torch-noise": (make_model, torch_noise),
+    "numpy-mixup": (make_model, numpy_mixup),
+    "python": (make_model, python_scale),
+    "all": (dropping, lambda m, b: numpy_mixup(m, b) + torch_noise(m, b) + python_scale(m, b)),
+}
+
+
+def trained(kind: str, path: Path, *, weights: Tensor | None = None, own: bool = True, every: int = 4) -> nn.Module:
+    """A loop of two micro-batches a step; draws outside the steps as well. ``weights``: not recorded, by hand."""
+    build, loss = KINDS[kind]
+    torch.manual_seed(1)
+    np.random.seed(2)
+    random.seed(3)
+    model = build()
+    optimizer = sgd(model)
+    generator = torch.Generator().manual_seed(2) if own else None
+    loader = DataLoader(make_data(), 4, shuffle=True, generator=generator)
+    numbers = DataLoader(range(N), 4, shuffle=True, generator=torch.Generator().manual_seed(2))  # type: ignore[arg-type]
+
+    def loop(batches: Any) -> None:
+        for _ in range(3):
+            for place, (batch, ids) in enumerate(zip(batches, numbers, strict=True)):
+                values = loss(model, batch)
+                (values if weights is None else values * weights[ids]).mean().backward()
+                if place % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    if place == 3:
+                        everything()
+
+    if weights is not None:
+        loop(loader)
+        return model
+    with record(path, model, optimizer, checkpoint_every=every) as recording:
+        loop(recording.batches(loader))
+    return model
+
+
+def bound(kind: str, path: Path) -> Run:
+    build, loss = KINDS[kind]
+    return bind(path, model=build(), loss=loss)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_steps_replay_bit_for_bit(kind: str, own: bool, tmp_path: Path) -> None:
+    model = trained(kind, tmp_path / "run", own=own)
+    before = RandomState.capture().tensors()
+    run = bound(kind, tmp_path / "run")
+    assert all(step.random for step in run.steps)
+    found = verify(run)
+    assert found.exact, found
+    assert_same_params(run.replay().params, params_of(model))
+    assert_same_params(run.replay(torch.ones(N)).params, params_of(model))
+    for state in run.states(5, 8):
+        assert state.step in (5, 6, 7)
+    for name, tensor in RandomState.capture().tensors().items():
+        if name != "python":  # the type checks that run while testing draw from it
+            assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_change_no_random_number(kind: str, tmp_path: Path) -> None:
+    trained(kind, tmp_path / "run")
+    run = bound(kind, tmp_path / "run")
+    for removed in (0, 13):
+        weights = torch.ones(N)
+        weights[removed] = 0.0
+        expected = trained(kind, tmp_path / "none", weights=weights)
+        assert_same_params(run.replay(weights).params, params_of(expected))
+
+
+@pytest.mark.parametrize("most", [2, 3, 1000])
+@pytest.mark.parametrize("kind", ["dropout", "all"])
+def test_moments_carry_the_state_that_draws_the_same_again(kind: str, most: int, tmp_path: Path) -> None:
+    trained(kind, tmp_path / "run", every=5)
+    run = bound(kind, tmp_path / "run")
+    found = [*Backwards(run.replayer(), run.trajectory, run.num_steps, most)]
+    found += forwards(run.replayer(), run.trajectory, run.num_steps)
+    assert len(found) == 2 * run.num_steps == 18
+    model, loss = KINDS[kind][0](), KINDS[kind][1]
+    for moment in found:
+        model.load_state_dict({**moment.state.params, **moment.state.buffers})
+        model.zero_grad()
+        for (_, batch), state in zip(moment.batches, moment.random, strict=True):
+            assert state is not None
+            with state.restored():
+                loss(model, batch).mean().backward()
+        for name, param in model.named_parameters():
+            assert param.grad is not None
+            assert torch.equal(param.grad, moment.gradient[name])
+
+
+def test_states_are_stored_once_where_they_do_not_follow(tmp_path: Path) -> None:
+    trained("dropout", tmp_path / "own", every=4)  # 9 steps of two: segments of 4, 4 and 1
+    steps = bound("dropout", tmp_path / "own").steps
+    stored = [[bool(draw) and draw["torch"] is not None for draw in step.draws] for step in steps]
+    assert [step for step, (first, _) in enumerate(stored) if first] == [0, 2, 4, 5, 8]  # checkpoints; other draws
+    assert not any(second for _, second in stored)
+    assert all(draw is not None and set(draw) == {"torch"} for step in steps for draw in step.draws)
+
+
+def test_what_a_skipped_batch_drew_is_not_drawn_again(tmp_path: Path) -> None:
+    model = dropping()
+    optimizer = sgd(model)
+    with record(tmp_path / "run", model, optimizer) as recording:
+        for place, batch in enumerate(recording.batches(DataLoader(make_data(), 3))):
+            optimizer.zero_grad()
+            losses(model, batch).mean().backward()
+            if place not in (1, 4, 5):
+                optimizer.step()
+    run = bind(tmp_path / "run", model=dropping())
+    assert [len(step.skipped) for step in run.steps] == [0, 1, 0, 2, 0]
+    assert verify(run).exact, verify(run)
+    assert_same_params(run.replay().params, params_of(model))
+
+
+def test_numbers_drawn_in_the_loop_but_not_in_the_loss_are_named(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = sgd(model)
+    with record(tmp_path / "run", model, optimizer) as recording:
+        for points, labels in recording.batches(DataLoader(make_data(), 4)):
+            optimizer.zero_grad()
+            losses(model, (points + torch.randn_like(points), labels)).mean().backward()
+            optimizer.step()
+    with pytest.raises(Exception, match=r"step 0 differs.*random numbers were drawn inside the step.*inside loss\("):
+        bind(tmp_path / "run")
+
+
+def test_a_run_of_the_first_format_is_read() -> None:
+    folder = Path(__file__).parent / "format1"
+    run = bind(folder / "plain")
+    assert run.trajectory.manifest.version == 1
+    found = verify(run)
+    assert found.ok, found
+    assert not any(step.random for step in run.steps)
+    torch.manual_seed(9)
+    with pytest.raises(Exception, match=r"step 0 differs.*random numbers were drawn"):  # nobody knows which
+        bind(folder / "dropout", model=nn.Sequential(make_model(), nn.Dropout(0.5)))
+
+
+def test_plain_runs_store_no_states(tmp_path: Path) -> None:
+    record_run(tmp_path / "run")
+    assert not any(step.random for step in bind(tmp_path / "run").steps)
