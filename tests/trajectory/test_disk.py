@@ -200,12 +200,13 @@ def test_folders_that_cannot_be(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the administrator may write anywhere")
 def test_a_folder_without_permission(tmp_path: Path) -> None:
     record_run(tmp_path / "run", epochs=1)
     for path in (tmp_path / "run", tmp_path):
         path.chmod(0o500)
     try:
+        if os.access(tmp_path, os.W_OK):
+            pytest.skip("the administrator may write anywhere")
         with pytest.raises(StoreError, match=r"cannot write .*Permission denied"):
             record_run(tmp_path / "new")
         with pytest.raises(StoreError, match=r"cannot write .*Permission denied"):
