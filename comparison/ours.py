@@ -6,7 +6,7 @@ import hydragrad as hg
 from comparison.exchange import Answer, Folder, UnfitError, work
 from comparison.truth import open_run
 from hydragrad import baselines
-from hydragrad.report.retraining import mean_training_losses
+from hydragrad.signals.along import mean_losses
 
 
 def _attributed(method: str) -> Callable[[Folder], Answer]:
@@ -54,7 +54,7 @@ METHODS: dict[str, Callable[[Folder], Answer]] = {
     "representer": _baseline(baselines.representer),
     "relatif-l": _baseline(baselines.relatif, kind="l", iterations=20),
     "relatif-theta": _baseline(baselines.relatif, kind="theta", iterations=20),
-    "mean-loss": _signal(mean_training_losses),
+    "mean-loss": _signal(mean_losses),
     "tracin-self": _signal(baselines.tracin_self),
 }
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 import hydragrad as hg
 from comparison.exchange import Folder
 from comparison.tasks import Spec
-from hydragrad.report.retraining import losses_at
+from hydragrad.retraining.measuring import losses_at
 
 FRACTIONS = (0.01, 0.1, 0.3)
 _SAVED_EVERY = 20
