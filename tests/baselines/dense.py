@@ -13,6 +13,7 @@ from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 from torch.utils.data import default_collate
 
+from hydragrad.retraining.measuring import losses_at
 from tests.hypergradient.recorded import EPOCHS, load, recipe_of, train
 from tests.oracles import Recipe
 from tests.zoo import Case, case
@@ -98,3 +99,14 @@ def trained(name: str, path: Path, **more: Any) -> tuple[Any, Dense, Case, Recip
     live = copy.deepcopy(model).eval()
     dense = Dense(live, problem.loss, problem.samples, problem.queries, mean_tokens=recipe.reduction != "sum")
     return load(recipe, path), dense, problem, recipe
+
+
+def leave_one_out(run: Any, ids: Tensor, queries: Any) -> Tensor:
+    """Measured rise of each query's loss without each example, [n, M], by really training again."""
+    before = losses_at(run, run.trajectory.state(run.num_steps), queries).double()
+    rows = []
+    for i in ids:
+        weights = torch.ones(run.num_examples)
+        weights[i] = 0.0
+        rows.append(losses_at(run, run.replay(weights=weights), queries).double() - before)
+    return torch.stack(rows)

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 import hydragrad as hg
 from hydragrad import baselines
 from hydragrad.report.measures import mean_spearman
-from hydragrad.retraining.measuring import leave_one_out
+from tests.baselines.dense import leave_one_out
 from tests.tolerances import assert_close
 
 N, D, DECAY = 30, 4, 0.1

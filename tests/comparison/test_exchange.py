@@ -13,7 +13,7 @@ from comparison.exchange import Answer, Folder, UnfitError, work
 from comparison.measures import predictions
 from comparison.tasks import TASKS
 from comparison.truth import open_run, truth_of
-from hydragrad.retraining.measuring import leave_one_out
+from tests.baselines.dense import leave_one_out
 
 SPEC = replace(TASKS["breast-cancer"], epochs=3, queries=6, removed=4, subsets=2)
 
