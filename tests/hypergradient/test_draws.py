@@ -161,7 +161,7 @@ def test_draws_come_from_the_state_of_the_micro_batch(place):
     sweep, moment = place
     objective = with_dropout(sweep)
     torch.manual_seed(3)
-    state = RandomState.now()
+    state = RandomState.capture("cpu", ("torch",))
     torch.rand(1)
     elsewhere = torch.get_rng_state()
     _, batch = moment.batches[0]
@@ -193,7 +193,9 @@ def test_a_loss_that_draws_differently_from_call_to_call_is_refused(place):
         return classification(model, batch) + (0 if len(calls) % 2 else torch.rand(()))
 
     objective = with_dropout(sweep, fickle)
-    (_, _, point), *_ = points_of(replace(moment, random=(RandomState.now(),)), with_dropout(sweep))
+    (_, _, point), *_ = points_of(
+        replace(moment, random=(RandomState.capture("cpu", ("torch",)),)), with_dropout(sweep)
+    )
     objective.losses(point.params, point.rest, point.batch, (), point.draws)
     with pytest.raises(hg.UnsupportedError, match=r"other random numbers.*Expected: 1 draws.*Got: one more"):
         objective.losses(point.params, point.rest, point.batch, (), point.draws)
@@ -213,7 +215,7 @@ def test_a_sample_that_moves_with_the_parameters_is_refused(place):
         replace(sweep.run.problem, loss=reparametrized), sweep.objective.module, sweep.objective.names
     )
     with pytest.raises(hg.UnsupportedError, match=r"torch\.normal.*randn_like"):
-        list(points_of(replace(moment, random=(RandomState.now(),)), objective))
+        list(points_of(replace(moment, random=(RandomState.capture("cpu", ("torch",)),)), objective))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -253,18 +253,6 @@ def test_numbers_drawn_in_the_loop_but_not_in_the_loss_are_named(tmp_path: Path)
         bind(tmp_path / "run")
 
 
-def test_a_run_of_the_first_format_is_read() -> None:
-    folder = Path(__file__).parent / "format1"
-    run = bind(folder / "plain")
-    assert run.trajectory.manifest.version == 1
-    found = verify(run)
-    assert found.ok, found
-    assert not any(step.random for step in run.steps)
-    torch.manual_seed(9)
-    with pytest.raises(Exception, match=r"step 0 differs.*random numbers were drawn"):  # nobody knows which
-        bind(folder / "dropout", model=nn.Sequential(make_model(), nn.Dropout(0.5)))
-
-
 def test_plain_runs_store_no_states(tmp_path: Path) -> None:
     record_run(tmp_path / "run")
     assert not any(step.random for step in bind(tmp_path / "run").steps)

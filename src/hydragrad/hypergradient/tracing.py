@@ -83,6 +83,7 @@ class Traced(Engine):
     def __init__(self, engine: Engine, *, compile: bool = False) -> None:
         super().__init__(engine.objective)
         self.engine = engine
+        self.method = engine.method  # type: ignore[misc]  # the forward sweep asks which curvature this is
         self.function = TracedFunction(self._products, compile=compile)
 
     def products(self, point: Point, gam: Vectors, bet: Vectors = ()) -> Products:

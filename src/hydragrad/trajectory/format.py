@@ -5,7 +5,6 @@ the hash of what precedes it and its own), ``steps/NNNNNNNN.safetensors`` and ``
 Nothing is pickled. The journal alone says which files count: whatever a killed run left beside it is ignored.
 """
 
-import itertools
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,7 @@ from hydragrad.trajectory.tables import (
 )
 from hydragrad.trajectory.watching import Autocast
 
-VERSION = 2
+VERSION = 3
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", "recording.lock"
 
 
@@ -50,16 +49,18 @@ def decode_state(path: Path, data: bytes) -> State:
         state = State(tables["step"], {}, {}, {}, RandomState.of(random) if random else None)
         for key, tensor in tensors.items():
             kind, rest = key.split(":", 1)
+            if kind == "random":
+                continue
             if kind == "optimizer":
                 slot, name = rest.split(":", 1)
                 state.optimizer.setdefault(name, {})[slot] = tensor
-            elif kind != "random":
+            else:
                 {"param": state.params, "buffer": state.buffers}[kind][rest] = tensor
     return state
 
 
 _CAT = torch.zeros(0, dtype=torch.int64)
-_COUNTS = ("steps", "lengths", "epochs", "loaders", "skipped_lengths")
+_COUNTS = ("steps", "lengths", "epochs", "loaders", "skipped_lengths", "autocast")
 
 
 def encode_steps(steps: list[StepRecord]) -> bytes:
@@ -70,20 +71,19 @@ def encode_steps(steps: list[StepRecord]) -> bytes:
             step.index,
             len(step.batches),
             len(step.skipped),
-            int(step.random),  # all that the first version said of randomness
+            len(step.passes),
             groups.place(step.groups),
             without.place(step.without_grad, sorted),
             modes.place(step.modes, dict),
             clips.place(step.clips, lambda row: [asdict(clip) for clip in row]),
             frozen.place(step.frozen, sorted),
-            len(step.passes),
         )
         for step in steps
     ]
     batches = [batch for step in steps for batch in step.batches]
     skipped = [batch for step in steps for batch in step.skipped]
     tensors = {
-        "steps": torch.tensor(pointers, dtype=torch.int64).reshape(-1, 10),
+        "steps": torch.tensor(pointers, dtype=torch.int64).reshape(-1, 9),
         "ids": torch.cat([_CAT, *batches]),
         "digests": torch.cat([_CAT, *(d.to("cpu") for step in steps for d in step.digests)]),
         "lengths": torch.tensor([len(batch) for batch in batches], dtype=torch.int64),
@@ -114,25 +114,24 @@ def decode_steps(path: Path, data: bytes) -> list[StepRecord]:
 
 def _decode_steps(tensors: dict[str, torch.Tensor], tables: dict[str, Any]) -> list[StepRecord]:
     groups = [tuple(row) for row in tables["groups"]]
-    without, frozen = ([frozenset(row) for row in tables.get(name, [[]])] for name in ("without_grad", "frozen"))
-    clips = [tuple(Clip(**clip) for clip in row) for row in tables.get("clips", [[]])]
-    casts = [row and Autocast(*row) for row in tables.get("autocast", [None])]
+    without, frozen = ([frozenset(row) for row in tables[name]] for name in ("without_grad", "frozen"))
+    clips = [tuple(Clip(**clip) for clip in row) for row in tables["clips"]]
+    casts = [None if row is None else Autocast(*row) for row in tables["autocast"]]
     modes = tables["modes"]
     lengths = tensors["lengths"].tolist()
     ids, digests = tensors["ids"].split(lengths), tensors["digests"].split(lengths)
     skipped = tensors["skipped_ids"].split(tensors["skipped_lengths"].tolist())
     epochs, loaders = tensors["epochs"].tolist(), tensors["loaders"].tolist()
-    autocast = tensors.get("autocast", torch.zeros(len(lengths), dtype=torch.int64)).tolist()
-    draws = decode_draws(tensors, len(lengths))
-    passes = iter(decode_passes(tensors, modes, casts, draws[len(lengths) :]))
-    scales = tensors.get("scales", torch.full((len(tensors["steps"]),), math.nan)).tolist()
-    steps, at, skipped_at = [], 0, 0
+    autocast, scales = tensors["autocast"].tolist(), tensors["scales"].tolist()
+    draws = decode_draws(tensors)
+    passes = decode_passes(tensors, modes, casts, draws[len(lengths) :])
+    steps, at, skipped_at, passed_at = [], 0, 0, 0
     if int(torch.cat([_CAT, *(tensors[name].flatten() for name in _COUNTS)]).min()) < 0:
         raise ValueError("a negative count or place in a table")
-    for k, (index, count, skips, random, group, none, mode, *more) in enumerate(tensors["steps"].tolist()):
-        clip, held, passed = more or (0, 0, 0)
+    for k, (index, count, skips, passed, group, none, mode, clip, held) in enumerate(tensors["steps"].tolist()):
         here, there = slice(at, at + count), slice(skipped_at, skipped_at + skips)
-        at, skipped_at = at + count, skipped_at + skips
+        by = slice(passed_at, passed_at + passed)
+        at, skipped_at, passed_at = at + count, skipped_at + skips, passed_at + passed
         steps.append(
             StepRecord(
                 index=index,
@@ -146,14 +145,15 @@ def _decode_steps(tensors: dict[str, torch.Tensor], tables: dict[str, Any]) -> l
                 epochs=tuple(epochs[here]),
                 loaders=tuple(loaders[here]),
                 skipped=tuple(skipped[there]),
-                draws=tuple(draws[here] if "draws" in tensors or not random else [{}] * count),
+                draws=tuple(draws[here]),
                 clips=clips[clip],
                 scale=None if math.isnan(scales[k]) else scales[k],
-                autocast=tuple(casts[place] for place in autocast[here]),
+                autocast=tuple([casts[place] for place in autocast[here]]),
                 frozen=frozen[held],
-                passes=tuple(itertools.islice(passes, passed)),
+                passes=tuple(passes[by]),
             )
         )
-    if (at, at, at, skipped_at) != (len(ids), len(epochs), len(loaders), len(skipped)):
+    ends = (at, at, at, at, skipped_at, passed_at, at + passed_at)
+    if ends != (len(ids), len(epochs), len(loaders), len(autocast), len(skipped), len(passes), len(draws)):
         raise ValueError("batches that belong to no step")
     return steps

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hydragrad.errors import UnsupportedError, message
-from hydragrad.files import load_tensors, save_tensors
+from hydragrad.files import load_tensors, reading, save_tensors
 
 
 def keep(batch: Any) -> Any:
@@ -71,4 +71,5 @@ def decode_batches(path: Path, data: bytes) -> list[Any]:
             return tuple(inner) if kind == "tuple" else inner
         return part
 
-    return [made(form) for form in tables["batches"]]
+    with reading(path):
+        return [made(form) for form in tables["batches"]]

@@ -13,17 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydragrad.errors import UnsupportedError, message
+from hydragrad.errors import StoreError, UnsupportedError, message
 
 GENERATORS = ("torch", "cuda", "numpy", "python")
 
 _CPU = torch.device("cpu")
 
 Draw = Mapping[str, Tensor | None]
-"""What a micro-batch drew from: generator -> its state then; None: where the last draw before it had ended.
-
-Empty: drawn, but nobody knows from where (runs of the first format).
-"""
+"""What a micro-batch drew from: generator -> its state then; None: where the last draw before it had ended."""
 
 
 @final
@@ -61,7 +58,17 @@ class RandomState:
     def set(self) -> None:
         """Put the global generators into this state."""
         for name, state in self.tensors().items():
-            _set(name, state, self.device)
+            try:
+                _set(name, state, self.device)
+            except (RuntimeError, TypeError, ValueError, struct.error) as error:
+                raise StoreError(
+                    message(
+                        f"a random state of {name} cannot be set",
+                        got=str(error).splitlines()[0],
+                        cause="an altered file, or a run recorded with another release",
+                        remedy="record the run again",
+                    )
+                ) from error
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -166,10 +173,6 @@ class DrawReader:
         """Within: the generators as they were when this micro-batch was trained on; yields that state."""
         if draw is None:
             yield None
-            return
-        if not draw:  # nobody knows from where: draw from anywhere, without a trace
-            with RandomState.capture(self._device).restored():
-                yield None
             return
         known = {name: state if state is not None else self.ends[name] for name, state in draw.items()}
         start = RandomState.of(known, self._device)

@@ -40,7 +40,7 @@ class Replayer:
     """Takes recorded steps again: (w_t, s_t) -> (w_{t+1}, s_{t+1}) by the real torch.optim class on a private copy.
 
     On the machine that recorded, bit for bit. ``check``: compare each batch's content and each gradient with the
-    record; a difference raises MismatchError in words (steps that drew random numbers are always compared).
+    record; a difference raises MismatchError in words.
     ``differences``: step -> relative difference of its gradient, for compared steps that were not equal bit for bit;
     ``random``: the state from which each micro-batch of the last step drew, None where it drew nothing; ``raw``: its
     gradient by name before it was clipped, None where it was not. Random numbers are those of the recording, also with
@@ -149,7 +149,7 @@ class Replayer:
                 param.grad = torch.zeros_like(param)
         self._unscale(step)
         self._clip(step)
-        if weights is None and ((self._check and compare) or step.unknown):
+        if weights is None and self._check and compare:
             self._compare(step)
         self._optimizer.step()
         self._step += 1

@@ -84,11 +84,6 @@ class StepRecord:
     passes: tuple[Pass, ...] = ()
 
     @property
-    def unknown(self) -> bool:
-        """Whether random numbers were drawn that cannot be drawn again (runs of the first format)."""
-        return any(draw is not None and not draw for draw in self.draws)
-
-    @property
     def random(self) -> bool:
         """Whether random numbers were drawn inside the step."""
         return any(draw is not None for draw in self.draws) or any(p.draw is not None for p in self.passes)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, final
 
 from hydragrad.errors import MismatchError, StoreError, message
-from hydragrad.files import loads, read_bytes, reading, sha256
+from hydragrad.files import broken_file, loads, read_bytes, reading, sha256
 from hydragrad.journal import FileRef, read_journal
 from hydragrad.trajectory.format import JOURNAL, MANIFEST, VERSION, decode_state, decode_steps
 from hydragrad.trajectory.keeping import decode_batches
 from hydragrad.trajectory.state import Manifest, State, StepRecord
-from hydragrad.trajectory.validation import check_entries, check_manifest, check_state, check_steps
+from hydragrad.trajectory.validation import check_draws, check_entries, check_manifest, check_state, check_steps
 
 _UNSAID = "the recording process was killed, or its disk was full: it could not say how it ended"
 
@@ -52,13 +52,15 @@ class Trajectory:
                 checkpoint.check_size(self.folder)
                 self._states[entry["stop"]] = checkpoint
             if entry.get("batches") is not None:
-                self._batches[entry["start"]] = FileRef.of(entry["batches"], journal)
-                self._batches[entry["start"]].check_size(self.folder)
+                kept = FileRef.of(entry["batches"], journal)
+                kept.check_size(self.folder)
+                self._batches[entry["start"]] = kept
             if entry["steps"] is not None:
                 ref = FileRef.of(entry["steps"], journal)
                 path = self.folder / ref.name
                 segment = decode_steps(path, ref.read(self.folder))
                 check_steps(segment, self.manifest, range(entry["start"], entry["stop"]), path)
+                check_draws(segment, path)
                 steps.extend(segment)
         self.steps: Sequence[StepRecord] = tuple(steps)
         self.checkpoints: tuple[int, ...] = tuple(sorted(self._states))
@@ -94,11 +96,14 @@ class Trajectory:
     def batches(self, step: int) -> list[Any]:
         """The stored batches of a step, on the CPU: those of its micro-batches, then those of its ``passes``."""
         start = max(first for first in self._batches if first <= step)
+        path = self.folder / self._batches[start].name
         if self._segment[0] != start:
-            ref = self._batches[start]
-            self._segment = start, decode_batches(self.folder / ref.name, ref.read(self.folder))
+            self._segment = start, decode_batches(path, self._batches[start].read(self.folder))
         counts = [len(record.batches) + len(record.passes) for record in self.steps[start : step + 1]]
-        return self._segment[1][sum(counts[:-1]) : sum(counts)]
+        found = self._segment[1][sum(counts[:-1]) : sum(counts)]
+        if len(found) != counts[-1]:
+            raise StoreError(broken_file(path, "lacks batches", f"{counts[-1]} of step {step}", str(len(found))))
+        return found
 
     def nearest(self, step: int) -> int:
         """The last stored step at or before ``step``."""

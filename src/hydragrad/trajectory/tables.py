@@ -54,10 +54,10 @@ def encode_draws(draws: Sequence[Draw | None]) -> dict[str, Tensor]:
     return {"draws": places, **tensors}
 
 
-def decode_draws(tensors: dict[str, Tensor], micro_batches: int) -> list[Draw | None]:
-    """Inverse of ``encode_draws``; all None where nothing was written."""
-    if "draws" not in tensors:
-        return [None] * micro_batches
+def decode_draws(tensors: dict[str, Tensor]) -> list[Draw | None]:
+    """Inverse of ``encode_draws``."""
+    if min([0, *tensors["draws"].flatten().tolist()]) < _NOTHING:
+        raise ValueError("a negative place in a table")
     draws: list[Draw | None] = []
     for places in tensors["draws"].tolist():
         drawn = {
@@ -96,6 +96,8 @@ def decode_passes(
     if "passes" not in tensors:
         return []
     rows = tensors["passes"].tolist()
+    if min(min(row) for row in rows) < 0:
+        raise ValueError("a negative count or place in a table")
     ids, digests = (tensors[name].split([row[0] for row in rows]) for name in ("passes_ids", "passes_digests"))
     return [
         Pass(ids[k], digests[k], epoch, place, modes[mode], casts[cast], draws[k])

@@ -16,8 +16,10 @@ import torch
 from hydragrad.errors import StoreError
 from hydragrad.files import broken_file
 from hydragrad.journal import Entry
+from hydragrad.step.clipping import Clip
 from hydragrad.trajectory.optimizers import misfit, torch_optimizer
 from hydragrad.trajectory.state import Hyper, Manifest, State, StepRecord
+from hydragrad.trajectory.watching import Autocast
 
 _LARGEST = 2**48
 """Sizes and ids beyond this are no data set's and no tensor's."""
@@ -52,6 +54,8 @@ def check_manifest(manifest: Manifest, path: Path) -> None:
         refuse("requires_grad of every parameter", "none")
     if not fits(manifest.optimizer.get("class"), str) or not fits(manifest.optimizer.get("module"), str):
         refuse("the names of an optimizer's class and module", manifest.optimizer)
+    if not all(_is_layout(spec) for spec in (*manifest.params.values(), *manifest.buffers.values())):
+        refuse("dense strides", "others")
     groups = manifest.optimizer.get("groups")
     if not fits(groups, list[list[str]]):
         refuse("lists of parameters' names", groups)
@@ -96,8 +100,8 @@ def check_steps(steps: list[StepRecord], manifest: Manifest, indices: range, pat
     if [step.index for step in steps] != list(indices):
         refuse(f"steps {indices.start} to {indices.stop - 1}", [step.index for step in steps][:8])
     limit = _LARGEST if manifest.data_length is None else manifest.data_length
-    ids = [ids for step in steps for ids in (*step.batches, *step.skipped)]
-    digests = [part for step in steps for part in step.digests]
+    ids = [ids for step in steps for ids in (*step.batches, *step.skipped, *(one.ids for one in step.passes))]
+    digests = [part for step in steps for part in (*step.digests, *(one.digests for one in step.passes))]
     if any(part.dim() != 1 or part.dtype != torch.int64 for part in (*ids, *digests)):
         refuse("int64 ids and digests", [str(part.dtype) for part in (*ids, *digests)][:4])
     flat = torch.cat([torch.zeros(1, dtype=torch.int64), *ids])
@@ -106,6 +110,7 @@ def check_steps(steps: list[StepRecord], manifest: Manifest, indices: range, pat
     for step in steps:
         if not step.batches or any(len(a) != len(b) for a, b in zip(step.batches, step.digests, strict=True)):
             refuse(f"batches of step {step.index}, a digest per example", len(step.batches))
+        _check_circumstances(step, manifest, refuse)
         if tuple(step.fingerprint.shape) != (3,) or step.fingerprint.dtype != torch.float64:
             refuse("a gradient's fingerprint", step.fingerprint)
     optimizer = torch_optimizer(manifest.optimizer)
@@ -121,6 +126,58 @@ def check_steps(steps: list[StepRecord], manifest: Manifest, indices: range, pat
             refuse("modules' modes", step.modes)
 
 
+def _check_circumstances(step: StepRecord, manifest: Manifest, refuse: Callable[[str, Any], None]) -> None:
+    """Passes, clips, scales, autocast and frozen names of one step."""
+    for one in step.passes:
+        if len(one.ids) != len(one.digests) or not 0 <= one.place <= len(step.batches) or one.epoch < 0:
+            refuse(f"skipped batches of step {step.index}, a digest per example", one.place)
+        if not fits(one.modes, dict[str, bool]):
+            refuse("modules' modes", one.modes)
+    for clip in step.clips:
+        if any(not fits(getattr(clip, field.name), field.type) for field in fields(Clip)):
+            refuse("arguments of a clip", clip)
+        if clip.kind not in ("norm", "value") or not set(clip.names) <= set(manifest.params):
+            refuse("a clip of the model's parameters", clip)
+    if step.scale is not None and not 0 < step.scale < float("inf"):
+        refuse("a gradient scaler's scale", step.scale)
+    for cast in (*step.autocast, *(one.autocast for one in step.passes)):
+        if cast is not None and (
+            any(not fits(getattr(cast, field.name), field.type) for field in fields(Autocast))
+            or cast.dtype not in ("bfloat16", "float16", "float32")
+            or not fits(cast.device_type, str)
+            or not _is_device(cast.device_type)
+        ):
+            refuse("a device and a dtype of autocast", cast)
+    if not fits(step.frozen, frozenset[str]) or not step.frozen <= set(manifest.params):
+        refuse("names of frozen parameters", sorted(map(str, step.frozen))[:4])
+
+
+def check_draws(steps: list[StepRecord], path: Path) -> None:
+    """Refuse random states of a wrong form, and draws that go on where none had ended since the last checkpoint."""
+    refuse = _refusal(path, "holds random states that no recording writes")
+    begun: set[str] = set()
+    for step in steps:
+        for draw in [draw for k in range(len(step.batches) + 1) for draw in _draws_at(step, k)]:
+            for name, state in (draw or {}).items():
+                if state is None and name not in begun:
+                    refuse(f"a state of {name} at step {step.index}", "a draw that goes on from nowhere")
+                if state is not None and (state.dim() != 1 or state.dtype != torch.uint8):
+                    refuse("random states as bytes", f"{state.dtype} of shape {list(state.shape)}")
+                begun.add(name)
+
+
+def _draws_at(step: StepRecord, place: int) -> list[Any]:
+    passed = [one.draw for one in step.passes if one.place == place]
+    return passed + list(step.draws[place : place + 1])
+
+
+def _is_device(name: str) -> bool:
+    try:
+        return torch.device(name).type == name
+    except RuntimeError:
+        return False
+
+
 def check_state(state: State, manifest: Manifest, step: int, path: Path) -> None:
     """Refuse a state that is not of this model and optimizer, or not of this step."""
     refuse = _refusal(path, "holds a state that no recording writes")
@@ -133,6 +190,9 @@ def check_state(state: State, manifest: Manifest, step: int, path: Path) -> None
             spec = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
             if any(spec[key] != specs[name][key] for key in spec):
                 refuse(f"{name!r} of {specs[name]}", spec)
+    random = {} if state.random is None else state.random.tensors()
+    if any(part.dim() != 1 or part.dtype != torch.uint8 for part in random.values()):
+        refuse("random states as bytes", {name: part.dtype for name, part in random.items()})
     if not set(state.optimizer) <= set(manifest.params):
         refuse("optimizer state of parameters", sorted(state.optimizer)[:4])
     if torch_optimizer(manifest.optimizer) is None:
@@ -155,6 +215,21 @@ def _is_spec(spec: dict[str, Any]) -> bool:
     if not fits(shape, list[int]) or not isinstance(dtype, str) or not isinstance(shape, list):
         return False
     return all(0 <= n < _LARGEST for n in shape) and isinstance(getattr(torch, dtype, None), torch.dtype)
+
+
+def _is_layout(spec: dict[str, Any]) -> bool:
+    """Whether the strides, if there are any, lay the elements out without gaps: they say how much memory is taken."""
+    stride, shape = spec.get("stride"), spec["shape"]
+    if stride is None:
+        return True
+    if not fits(stride, list[int]) or len(stride) != len(shape) or any(s < 0 for s in stride):
+        return False
+    dense = 1
+    for s, n in sorted((s, n) for s, n in zip(stride, shape, strict=True) if n != 1):
+        if s != dense:
+            return False
+        dense *= n
+    return True
 
 
 def _is_hyper(group: Hyper) -> bool:
