@@ -182,7 +182,7 @@ def test_attribute_goes_on_in_a_folder_and_refuses_another_question(trained: Pat
         (("verify", "RUN", "--task", "small_tasks.py:wider"), "shape of parameter '0.weight' differs"),
         (("attribute", "RUN", "--task", "small_tasks.py:squared"), "gradient"),
         (("attribute", "RUN", "--task", "digits"), "parameters are not the recorded ones"),
-        (("validate", "RUN", "--task", TASK, "--scores", "no-scores"), "StoreError: cannot read no-scores"),
+        (("validate", "RUN", "--task", TASK, "--scores", "no-scores"), "StoreError: no-scores is missing"),
         (("attribute", "elsewhere", "--task", TASK), "StoreError: no recorded run in elsewhere"),
         (("train", "small_tasks.py:eleven", "--out", "x"), "eleven is not a task"),
     ],

@@ -460,7 +460,7 @@ def test_every_engine_is_found_again_by_its_name(kind: str, name: str, run: hg.R
      ("gauss-newton", "traced:jvp-then-vjp"), ("exact", "compiled:forward-over-reverse")],
 )  # fmt: skip
 def test_no_part_of_an_engine_made_by_name_remembers_what_was_called(method: str, name: str, run: hg.Run) -> None:
-    engine = named(Sweep.of(run).objective, method, name)
+    engine = named(Sweep.of(run).objective, method, name, elementwise=True)
     assert name_of(engine) == name
     functions = [part for part in vars(engine).values() if isinstance(part, TracedFunction)]
     assert functions

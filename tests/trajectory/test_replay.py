@@ -15,7 +15,19 @@ from hydragrad.errors import MismatchError, NonFiniteError
 from hydragrad.trajectory.batches import BatchSource
 from hydragrad.trajectory.recording import record
 from hydragrad.verification import verify
-from tests.trajectory.loops import N, assert_same_params, bind, losses, make_data, make_model, params_of, record_run
+from tests.trajectory.loops import (
+    CLASSES,
+    FEATURES,
+    N,
+    assert_same_params,
+    bind,
+    losses,
+    make_data,
+    make_model,
+    params_of,
+    record_run,
+    sgd,
+)
 
 
 def two_groups(model: nn.Module) -> Optimizer:
@@ -228,3 +240,36 @@ def test_fast_batches_equal_collated_ones() -> None:
     assert pairs.asked == asked  # kept rows
     with pytest.raises(MismatchError, match=r"no example among"):
         BatchSource([1, 2], default_collate).fetch(torch.tensor([5]))
+
+
+class Assigning(nn.Module):
+    """Keeps a moving average by putting a new tensor in the buffer's place; only evaluation reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(FEATURES, CLASSES)
+        self.register_buffer("mean", torch.zeros(CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
+        if not self.training:
+            return out - self.mean
+        self.mean = 0.9 * self.mean + 0.1 * out.detach().mean(0)
+        return out
+
+
+def test_a_buffer_that_is_assigned_is_recorded_and_replayed(tmp_path: Path) -> None:
+    model = Assigning()
+    loader = DataLoader(make_data(), batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(1))
+    optimizer = sgd(model)
+    with record(tmp_path / "run", model, optimizer, checkpoint_every=4) as recording:
+        for batch in recording.batches(loader):
+            optimizer.zero_grad()
+            losses(model, batch).mean().backward()
+            optimizer.step()
+    assert bool(model.mean.any())
+    run = bind(tmp_path / "run", model=Assigning())
+    assert torch.equal(run.trajectory.state(run.num_steps).buffers["mean"], model.mean)
+    assert torch.equal(run.replay().buffers["mean"], model.mean)
+    assert verify(run).exact

@@ -20,7 +20,7 @@ from hydragrad.trajectory.keeping import keep
 from hydragrad.trajectory.optimizers import group_names, hyperparameters
 from hydragrad.trajectory.randomness import DrawWriter, RandomState, RandomWatch
 from hydragrad.trajectory.sources import Sources, Watched
-from hydragrad.trajectory.state import Hyper, Pass, State, StepRecord, capture_state
+from hydragrad.trajectory.state import Hyper, Pass, State, StepRecord, capture_state, live_buffers
 from hydragrad.trajectory.watching import ModelWatch, Modes, unwrapped
 from hydragrad.trajectory.writer import StoreWriter
 
@@ -92,14 +92,14 @@ class Recording:
         self._path, self._model, self._optimizer = path, model, optimizer
         self._reduction, self._checkpoint_every, self._overwrite = reduction, checkpoint_every, overwrite
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        plain = unwrapped(model)
+        self._plain = plain = unwrapped(model)
         self._params: dict[str, Tensor] = dict(plain.named_parameters())
         self._buffers: dict[str, Tensor] = dict(plain.named_buffers())
         self._group_names = group_names(self._params, optimizer)
         self._device = next((param.device for param in self._params.values()), torch.device("cpu"))
         self._fingerprint = GradientFingerprint([param.numel() for param in self._params.values()])
         self._modes = Modes(plain)
-        self._watch = ModelWatch(model, self._buffers, self._modes, self._device)
+        self._watch = ModelWatch(model, plain, self._modes, self._device)
         self._backwards = BackwardWatch(self._backward_seen)
         self._sources, self._clips = Sources(), ClipNotes(self._params)
         self._random, self._draws = RandomWatch(self._device), DrawWriter()
@@ -322,7 +322,9 @@ class Recording:
 
     def _capture(self) -> State:
         random = RandomState.capture(self._device)
-        return capture_state(self._count, self._params, self._buffers, self._optimizer, random)
+        return capture_state(
+            self._count, self._params, live_buffers(self._plain, self._buffers), self._optimizer, random
+        )
 
     def _groups(self) -> tuple[Hyper, ...]:
         groups = hyperparameters(self._optimizer, self._group_names)

@@ -15,7 +15,7 @@ from hydragrad.trajectory.binding import lay_out
 from hydragrad.trajectory.fingerprints import GradientFingerprint, batch_digests
 from hydragrad.trajectory.optimizers import build_optimizer, restore_optimizer
 from hydragrad.trajectory.randomness import DrawReader, RandomState
-from hydragrad.trajectory.state import Hyper, State, StepRecord, capture_state
+from hydragrad.trajectory.state import Hyper, State, StepRecord, capture_state, live_buffers
 from hydragrad.trajectory.store import Trajectory
 from hydragrad.trajectory.watching import autocast_as
 
@@ -84,7 +84,7 @@ class Replayer:
         """Go to a state: parameters, buffers and optimizer state are copied in."""
         for name, param in self._params.items():
             param.copy_(state.params[name])
-        for name, buffer in self._buffers.items():
+        for name, buffer in self._live_buffers().items():
             buffer.copy_(state.buffers[name])
         restore_optimizer(self._optimizer, state.optimizer, self._params)
         self._draws.ends = {} if state.random is None else state.random.tensors()
@@ -93,7 +93,10 @@ class Replayer:
     def state(self) -> State:
         """Where it stands, as detached clones."""
         random = RandomState.of(self._draws.ends, self.device)
-        return capture_state(self._step, self._params, self._buffers, self._optimizer, random)
+        return capture_state(self._step, self._params, self._live_buffers(), self._optimizer, random)
+
+    def _live_buffers(self) -> dict[str, Tensor]:
+        return live_buffers(self.module, self._buffers) if self._buffers else {}
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients of the step taken last, by parameter name (absent: none came)."""

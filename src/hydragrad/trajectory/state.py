@@ -1,11 +1,11 @@
 """What a recorded run is made of: states, steps, and the description of the run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hydragrad.errors import UnsupportedError, message
@@ -112,6 +112,12 @@ class Manifest:
     device: str
     extra: dict[str, Any] = field(default_factory=dict)
     """{"compiled": whether a compiled model trained}."""
+
+
+def live_buffers(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The buffers of these names as they are now: a forward pass may have put other tensors in their places."""
+    now = dict(module.named_buffers())
+    return {name: now[name] for name in names if name in now}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 @final
@@ -84,10 +84,11 @@ class Ran:
 class ModelWatch:
     """Follows the model from batch to batch through a hook before its forward pass."""
 
-    def __init__(self, model: nn.Module, buffers: Mapping[str, Tensor], modes: Modes, device: torch.device) -> None:
-        self._model, self._buffers, self._modes, self._device = model, tuple(buffers.values()), modes, device
+    def __init__(self, model: nn.Module, plain: nn.Module, modes: Modes, device: torch.device) -> None:
+        self._model, self._modes, self._device = model, modes, device
+        self._holders = [part for part in plain.modules() if part._buffers]
         self._autocast: Autocast | None = None
-        self._versions = 0
+        self._versions: list[tuple[int, int]] = []
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -128,5 +129,7 @@ class ModelWatch:
         """It ended."""
         return Ran(self._autocast, self._modes.now() if self._version() != self._versions else None)
 
-    def _version(self) -> int:
-        return sum([buffer._version for buffer in self._buffers])
+    def _version(self) -> list[tuple[int, int]]:
+        """Changes when a buffer is written to, or another tensor takes its place."""
+        held = (buffer for part in self._holders for buffer in part._buffers.values() if buffer is not None)
+        return [(id(buffer), buffer._version) for buffer in held]
