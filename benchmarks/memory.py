@@ -1,8 +1,8 @@
 """Peak memory of attribution above training's, for few and many training examples: it must not grow with N x P.
 
 Each number comes from a process of its own: `python -m benchmarks.memory N` trains, attributes 64 queries three times,
-and prints the smallest rise of the peak of resident memory. One engine serves both, since the clock decides which of two
-equally fast ones is chosen. Linux only: the peak is reset through /proc.
+and prints the smallest rise of the peak of resident memory. One engine serves both, since the clock decides which of
+two equally fast ones is chosen. Linux only: the peak is reset through /proc.
 """
 
 import json

@@ -119,7 +119,7 @@ def _differentiable(model: nn.Module) -> nn.Module:
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], _PlainNorm(module).train(module.training))
         if hasattr(module, "outside"):  # a moving average kept outside of autograd: here it is within
-            module.outside = False
+            module.__dict__["outside"] = False
         if type(module).__name__ == "_WeightNorm":  # the fused kernel's second derivative is wrong in torch 2.13
             module.forward = _plain_weight_norm  # type: ignore[method-assign]
     return model

@@ -343,6 +343,7 @@ def test_the_checks_of_an_attribution_pass(tmp_path):
         found = hg.attribute(run, problem.queries, method=method).diagnostics
         assert found.derivative_error is not None
         assert found.derivative_error < 1e-6
+        assert found.gradient_gap is not None
         assert found.gradient_gap < 1e-12
         assert f"gradient gap {found.gradient_gap:.1e}" in str(found)
         assert found.drift == 0.0

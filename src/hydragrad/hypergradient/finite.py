@@ -23,7 +23,8 @@ class FirstBad:
     def see(self, step: int, tensors: Sequence[Tensor]) -> None:
         """After step ``step`` the tensors are these. Their largest numbers tell, in one call for all of them."""
         given = [x if x.numel() else x.new_zeros(1) for x in tensors]
-        good = torch.stack([x.double() for x in torch._foreach_norm(given, float("inf"))]).isfinite()
+        largest = torch._foreach_norm(given, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
+        good = torch.stack([x.double() for x in largest]).isfinite()
         if self._at is None:
             self._at = torch.full((len(good),), -1, device=good.device)
         self._at = torch.where(good | (self._at >= 0), self._at, len(self._steps))
