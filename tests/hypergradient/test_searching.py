@@ -1,6 +1,9 @@
 """The search remembers: what was measured on a run is not measured again, and does not pass to other shapes."""
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import hydragrad as hg
 from hydragrad.hypergradient import searching
@@ -53,3 +56,36 @@ def test_blocks_are_balanced_and_within_memory(run):
     sizes = choose(Sweep.of(run), 40, "exact", memory=2**34, block=None, compile=False).sizes
     narrow = choose(Sweep.of(run), 40, "exact", memory=6 * sizes.engine, block=None, compile=False)
     assert 1 <= narrow.block <= 3
+
+
+def test_graphs_do_not_pass_to_another_objective(tmp_path, monkeypatch):
+    """A layer that thaws midway: a sweep to an earlier step differentiates fewer parameters than one to the end."""
+    for share in ("_SHARE", "_FIRST_SHARE"):
+        monkeypatch.setattr(searching, share, 1e9)
+    monkeypatch.setattr(searching, "_TRACED", 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    data = TensorDataset(torch.randn(12, 4, dtype=torch.float64), torch.randint(0, 3, (12,)))
+
+    def loss(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with hg.record(tmp_path / "run", model, optimizer) as recording:
+        for epoch in range(2):
+            model[0].requires_grad_(bool(epoch))
+            for batch in recording.batches(DataLoader(data, batch_size=4)):
+                optimizer.zero_grad()
+                loss(model, batch).mean().backward()
+                optimizer.step()
+    run = hg.load(tmp_path / "run", model=model, loss=loss, data=data)
+    early = choose(Sweep.of(run, 3), 8, "exact", memory=2**34, block=None, compile=False)
+    late = choose(Sweep.of(run), 8, "exact", memory=2**34, block=None, compile=False)
+    assert len(early.point.params) < len(late.point.params)
+    assert "traced" in repr(early.engine)
+    assert "traced" in repr(late.engine)
+    assert not late.reasons
+    scores = hg.attribute(run, data, progress=False)
+    assert scores.diagnostics.gradient_gap is not None
+    assert scores.diagnostics.gradient_gap < 1e-12
+    assert scores.diagnostics.ladder[0].error < 0.02  # really retrained

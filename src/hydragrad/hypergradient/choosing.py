@@ -87,7 +87,8 @@ def choose(sweep: Sweep, queries: int, method: str, *, memory: int, block: int |
     Blocks that are tried take at most half of ``memory`` (bytes), what is chosen as well.
     """
     point, replay, gap = _probe_point(sweep)
-    memo = sweep.run.memo.setdefault(("measured", method, form_of((point.params, point.batch, point.carried), [])), {})
+    form = form_of((point.params, point.batch, point.carried), [])
+    memo = sweep.run.memo.setdefault(("measured", method, form, sweep.objective.names, sweep.objective.mode), {})
     with sweep.objective.differentiable():
         if "sizes" not in memo:
             if method == "gauss-newton":
@@ -129,7 +130,7 @@ def _probe_point(sweep: Sweep) -> tuple[Point, float, float]:
         replayer.restore(state)
         gradient.update(advance(replayer, record))
 
-    key = ("probed", start)
+    key = ("probed", start, sweep.objective.names)
     known = key in sweep.run.memo
     seconds = 0.0
     if not known or record.random:  # a step that draws leaves its random states with the replayer

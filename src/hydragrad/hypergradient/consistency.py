@@ -27,7 +27,9 @@ def gradient_gap(
             )
             for held, g in zip(total, torch.autograd.grad(scalar, params, materialize_grads=True), strict=True):
                 held += g
-    taken = [gradient.get(name, torch.zeros_like(held)) for name, held in zip(objective.names, total, strict=True)]
+    # where no gradient came (a layer frozen at this step) the step used none, and there is nothing to compare
+    total = [held for name, held in zip(objective.names, total, strict=True) if name in gradient]
+    taken = [gradient[name] for name in objective.names if name in gradient]
     apart = _norm([a - b for a, b in zip(total, taken, strict=True)])
     norm = _norm(taken)
     gap = apart / norm if norm else apart

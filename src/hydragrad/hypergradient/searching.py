@@ -44,10 +44,11 @@ class Search:
         self.objective, self.point, self.method = sweep.objective, point, method
         self.device, self.steps = sweep.replayer.device, sweep.stop
         self.elementwise = sweep.elementwise
-        self.graphs: dict[Any, Any] = sweep.run.memo
+        # graphs hold for their objective: an earlier step= may have had other parameters or buffers
+        objective = (self.objective.names, self.objective.carried, self.objective.counters)
+        self.graphs: dict[Any, Any] = sweep.run.memo.setdefault(("graphs", *objective), {})
         self.seconds: dict[tuple[str, int], float] = memo.setdefault("seconds", {})
         self.refused: dict[str, str] = memo.setdefault("refused", {})
-        self.memo = memo
 
     @property
     def reasons(self) -> list[str]:

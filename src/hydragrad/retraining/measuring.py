@@ -18,7 +18,7 @@ from hydragrad.hypergradient.queries import Columns, Queries
 from hydragrad.problem import Problem
 from hydragrad.retraining.counterfactual import Change, retrained
 from hydragrad.run import Run
-from hydragrad.shapes import Float, Int
+from hydragrad.shapes import Float
 from hydragrad.trajectory.fingerprints import batch_digests
 from hydragrad.trajectory.identity import identity
 from hydragrad.trajectory.state import State
@@ -138,16 +138,6 @@ def device_of(run: Run) -> torch.device:
 def losses_at(run: Run, state: State, data: Any) -> Float[Tensor, " M"]:
     """The loss of each example of ``data`` with the parameters of ``state``, in evaluation mode, on the CPU."""
     return queries_of(run, data).values(state).cpu()
-
-
-def leave_one_out(run: Run, ids: Int[Tensor, " n"], data: Any) -> Float[Tensor, "n M"]:
-    """Measured change of each query's loss without each example, one at a time: for whoever has no scores yet."""
-    columns = Columns.make(None, len(data))
-    retrainer = Retrainer(Question(run.trajectory.folder, run.problem, data, columns, run.num_steps), run)
-    threads = torch.get_num_threads()
-    trained = retrainer.outcome(Change(), early=True, threads=threads)
-    options = {"early": trained.bitwise, "threads": threads}
-    return torch.stack([retrainer.outcome(Change((i,)), **options).values - trained.values for i in ids.tolist()])
 
 
 def _digest(run: Run, data: Any) -> str:
