@@ -136,7 +136,7 @@ def test_an_adjoint_that_is_not_finite_is_named_with_its_first_step(
     method: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = recorded(recipe_of(PROBLEM, optimizer, {"lr": 0.01}), tmp_path / "run")
-    real = attributing._Watch.__call__
+    real = attributing.Watch.__call__
 
     def watch(self: Any, step: int, adjoint: Any) -> None:
         self.every = 100  # it is found at the end, and was noticed at its step
@@ -147,7 +147,7 @@ def test_an_adjoint_that_is_not_finite_is_named_with_its_first_step(
                 (adjoint.ones if isinstance(adjoint, Elementwise) else adjoint).lam[1].view(-1)[0] = float("nan")
         real(self, step, adjoint)
 
-    monkeypatch.setattr(attributing._Watch, "__call__", watch)
+    monkeypatch.setattr(attributing.Watch, "__call__", watch)
     name = list(run.trajectory.manifest.params)[1]
     with pytest.raises(hg.NonFiniteError, match=rf"the adjoint is not finite at step 4, first in parameter '{name}'"):
         hg.attribute(run, QUERIES, method=method, check=False)
@@ -177,14 +177,14 @@ def test_a_hypergradient_that_is_not_finite_is_named_with_its_first_step(
 
 
 def test_scores_that_are_not_finite_name_example_and_query(run: hg.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = attributing._Scores.add
+    real = attributing.Scores.add
 
     def add(self: Any, ids: Tensor, chosen: slice, terms: Tensor, epoch: int) -> None:
         if chosen.start <= 2 < chosen.stop:
             terms = torch.where((ids == 5) & (torch.arange(chosen.start, chosen.stop) == 2)[:, None], torch.nan, terms)
         real(self, ids, chosen, terms, epoch)
 
-    monkeypatch.setattr(attributing._Scores, "add", add)
+    monkeypatch.setattr(attributing.Scores, "add", add)
     with pytest.raises(hg.NonFiniteError, match=r"scores are not finite.*training example \(or group\) 5 and query 2"):
         hg.attribute(run, QUERIES, check=False)
 

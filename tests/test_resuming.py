@@ -58,13 +58,13 @@ def asked(run: hg.Run, folder: Path | None, **options: Any) -> hg.Attribution:
 
 def on_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Let ``act`` happen at every step of every sweep."""
-    real = attributing._Watch.__call__
+    real = attributing.Watch.__call__
 
     def watch(self: Any, *args: Any) -> None:
         act()
         real(self, *args)
 
-    monkeypatch.setattr(attributing._Watch, "__call__", watch)
+    monkeypatch.setattr(attributing.Watch, "__call__", watch)
 
 
 @pytest.fixture

@@ -1,0 +1,58 @@
+"""What is watched while a sweep lasts."""
+
+from collections.abc import Sequence
+from typing import final
+
+from torch import Tensor
+from tqdm import tqdm
+
+from hydragrad.errors import NonFiniteError, message
+from hydragrad.hypergradient.finite import FirstBad
+from hydragrad.hypergradient.reverse import Adjoint, Direction
+
+_LOOKED_AT_ALWAYS = 2**21
+"""Numbers of adjoints up to which every step is looked at; a pass over more costs, and fifty times a sweep it is."""
+
+
+@final
+class Watch:
+    """Follows a sweep: its bar, how far the adjoint grows, and whether it stays finite."""
+
+    def __init__(self, steps: int, sweeps: int, names: Sequence[str], progress: bool) -> None:
+        self._bad = FirstBad(names)
+        self.every = max(1, steps // 50)
+        self.growth, self.drift = 0.0, dict[int, float]()
+        self.bar = tqdm(total=steps * sweeps, desc="sweeping back", unit="step", delay=2, disable=not progress)
+        self._first: Tensor | None = None
+        self._small = True
+
+    def begin(self, adjoint: Adjoint | Direction) -> None:
+        self._first = adjoint.norms()
+        self._small = sum(x.numel() for x in adjoint.parts()) <= _LOOKED_AT_ALWAYS
+
+    def skip(self, steps: int, growth: float, drift: float) -> None:
+        """A piece was finished by an earlier call, which saw this."""
+        self.bar.update(steps)
+        self.growth = max(self.growth, growth)
+        self.drift[-1] = max(self.drift.get(-1, 0.0), drift)
+
+    def __call__(self, step: int, adjoint: Adjoint | Direction) -> None:
+        self.bar.update()
+        looked_at = not step % self.every
+        if looked_at or self._small:
+            self._bad.see(step, adjoint.parts())
+        if not looked_at:
+            return
+        assert self._first is not None
+        if found := self._bad.first():
+            at, names = found
+            raise NonFiniteError(
+                message(
+                    f"the adjoint is not finite at step {at}, first in parameter {names[0]!r}",
+                    expected="finite derivatives back to the first step",
+                    got=f"NaN or infinity in {len(names)} of {len(adjoint.parts())} parameters",
+                    cause="an unstable run: its derivative grows at every step back",
+                    remedy="try method='gauss-newton' or 'hessian-free', or ask an earlier step with step=",
+                )
+            )
+        self.growth = max(self.growth, float((adjoint.norms() / self._first.clamp_min(1e-30)).max()))

@@ -1,0 +1,92 @@
+"""Where scores are gathered: the rows they count in, and the result in the making."""
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from hydragrad.errors import MismatchError, NonFiniteError, message
+from hydragrad.hypergradient.queries import example_ids, group_numbers
+from hydragrad.run import Run
+
+
+@final
+class Rows:
+    """Which row of the result each training example counts in: ``of`` int64 [N], -1 for none; ``ids`` of the rows."""
+
+    def __init__(self, of: Tensor, ids: Tensor) -> None:
+        self.of, self.ids = of, ids
+        self.whole = torch.equal(of, torch.arange(len(of)))  # every example its own row: nothing to look up
+
+    @staticmethod
+    def make(run: Run, groups: Any, train: Any) -> "Rows":
+        count = run.num_examples
+        if groups is not None and train is not None:
+            raise MismatchError(message("groups and train together", remedy="give one of them"))
+        if groups is not None:
+            numbers, _, height = group_numbers(groups, count, "groups", "training example")
+            return Rows(numbers, torch.arange(height))
+        if train is None:
+            return Rows(torch.arange(count), torch.arange(count))
+        ids = example_ids(train, count, "train")
+        if len(ids.unique()) != len(ids):
+            raise MismatchError(
+                message("train names an example twice", expected="different integers", got=ids.tolist()[:8])
+            )
+        of = torch.full((count,), -1, dtype=torch.int64)
+        of[ids] = torch.arange(len(ids))
+        return Rows(of, ids)
+
+
+@final
+class Scores:
+    """The result in the making, [E or 1, R, M]; while a sweep lasts, its columns are kept on the device."""
+
+    def __init__(self, run: Run, stop: int, rows: Rows, columns: int, by_epoch: bool, dtype: torch.dtype) -> None:
+        last = max(max(record.epochs or (record.epoch,)) for record in run.steps[:stop])
+        epochs = last + 1 if by_epoch else 1
+        self.by_epoch = by_epoch
+        self.rows = rows
+        self.values = torch.zeros(epochs, len(rows.ids), columns, dtype=dtype)
+        self.height = epochs * len(rows.ids)
+        self._open: Tensor | None = None
+
+    def open(self, columns: slice, device: torch.device) -> None:
+        """Begin a sweep for these columns."""
+        width = columns.stop - columns.start
+        direct = device.type == "cpu" and width == self.values.shape[2]
+        self._open = self.values if direct else self.values.new_zeros(*self.values.shape[:2], width, device=device)
+
+    def add(self, ids: Tensor, chosen: slice, terms: Tensor, epoch: int) -> None:
+        """Subtract terms [k, b] (summed over tokens) from the rows of ``ids``."""
+        assert self._open is not None
+        terms = terms.flatten(2).sum(2) if terms.dim() > 2 else terms
+        target = self._open[epoch if self.by_epoch else 0]
+        at = ids if self.rows.whole else self.rows.of[ids]
+        if not self.rows.whole and bool((at < 0).any()):
+            kept = at >= 0
+            at, terms = at[kept], terms[:, kept.to(terms.device)]
+        target[:, chosen].index_add_(0, at.to(target.device), terms.T, alpha=-1)
+
+    def part(self, columns: slice) -> Tensor:
+        """The scores of these columns, as a view."""
+        return self.values[:, :, columns]
+
+    def close(self, columns: slice) -> None:
+        """End the sweep: copy to the result; refuse NaN and infinities."""
+        assert self._open is not None
+        if self._open is not self.values:
+            self.values[:, :, columns] = self._open.cpu()
+        self._open = None
+        bad = (~self.values[:, :, columns].isfinite()).nonzero()
+        if len(bad):
+            row, column = int(self.rows.ids[bad[0, 1]]), columns.start + int(bad[0, 2])
+            raise NonFiniteError(
+                message(
+                    "the scores are not finite",
+                    expected="finite numbers",
+                    got=f"NaN or infinity, first for training example (or group) {row} and query {column}",
+                    cause="the adjoint overflowed (an unstable run), or a loss with an infinite second derivative",
+                    remedy="try method='gauss-newton', which is stable, or ask an earlier step with step=",
+                )
+            )
