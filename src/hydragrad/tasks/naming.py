@@ -12,9 +12,10 @@ from typing import Any
 
 from hydragrad.errors import HydragradError, MismatchError, message
 from hydragrad.tasks.digits import digits, flipped_digits
+from hydragrad.tasks.fashion import fashion
 from hydragrad.tasks.task import Task
 
-READY: dict[str, Callable[[], Task]] = {"digits": digits, "digits-flipped": flipped_digits}
+READY: dict[str, Callable[[], Task]] = {"digits": digits, "digits-flipped": flipped_digits, "fashion": fashion}
 """Tasks that come with the package."""
 
 FORMS = f"{', '.join(map(repr, READY))}, 'module:object' or 'path/to/file.py:object'"
