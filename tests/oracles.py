@@ -8,7 +8,6 @@
 Score everywhere: `-d m_j / d eps_i`, where example i's loss counts `1 + eps_i` times.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
 
+from tests.plain_layers import differentiable
 from tests.step.rules import RULES, Scalars, Tensors, full_hyper, initial_state
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -63,66 +63,6 @@ class Recipe:
         """The full hyperparameters of each parameter at step t."""
         chosen = [(names, given if isinstance(given, Mapping) else given[t]) for names, given in self.groups]
         return {name: full_hyper(self.optimizer, given) for names, given in chosen for name in names}
-
-
-class _PlainNorm(nn.Module):
-    """Batch or instance norm in formulas, so that the running statistics carry derivatives (torch's own do not)."""
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def __init__(self, of: Any) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps, self.momentum = of.weight, of.bias, of.eps, of.momentum
-        self.each = isinstance(of, (nn.InstanceNorm1d, nn.InstanceNorm2d))  # statistics of each example
-        self.tracks = of.running_mean is not None
-        for name, buffer in of.named_buffers():
-            self.register_buffer(name, buffer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        axes = "bc" if self.each else "c"
-        flat = x.reshape(*x.shape[:2], -1)
-        if self.training or not self.tracks:
-            mean, var = self.statistics(flat)
-        else:
-            mean, var = self.running_mean, self.running_var
-            axes = "c"
-        place = {"bc": (slice(None), slice(None), None), "c": (None, slice(None), None)}[axes]
-        out = (flat - mean[place]) * (var[place] + self.eps) ** -0.5
-        if self.weight is not None:
-            out = out * self.weight[None, :, None] + self.bias[None, :, None]
-        return out.reshape(x.shape)
-
-    def statistics(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        rows = flat if self.each else flat.transpose(0, 1).flatten(1)
-        n = rows.shape[-1]
-        mean = rows.sum(-1) / n
-        var = (rows - mean[..., None]).pow(2).sum(-1) / n
-        if self.tracks:
-            self.num_batches_tracked = self.num_batches_tracked + 1
-            rate = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-            new_mean, new_var = (x.mean(0) if self.each else x for x in (mean, var * n / (n - 1)))
-            self.running_mean = self.running_mean + rate * (new_mean - self.running_mean)
-            self.running_var = self.running_var + rate * (new_var - self.running_var)
-        return mean, var
-
-
-def _plain_weight_norm(g: Tensor, v: Tensor) -> Tensor:
-    return g * v / v.square().sum(list(range(1, v.ndim)), keepdim=True).sqrt()
-
-
-def _differentiable(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model).double()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm1d, nn.InstanceNorm2d)):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], _PlainNorm(module).train(module.training))
-        if hasattr(module, "outside"):  # a moving average kept outside of autograd: here it is within
-            module.__dict__["outside"] = False
-        if type(module).__name__ == "_WeightNorm":  # the fused kernel's second derivative is wrong in torch 2.13
-            module.forward = _plain_weight_norm  # type: ignore[method-assign]
-    return model
 
 
 def _collate(samples: Sequence[Any], ids: Sequence[int]) -> Any:
@@ -210,7 +150,7 @@ class Unrolled:
 
 def unroll(recipe: Recipe, create_graph: bool = True) -> Unrolled:
     """Train by plain autograd, keeping the whole graph. Memory O(T P): tiny models only."""
-    model = _differentiable(recipe.model)
+    model = differentiable(recipe.model)
     eps = torch.zeros(len(recipe.steps), len(recipe.samples), dtype=torch.float64, requires_grad=create_graph)
     w = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
     v = {name: b.detach().clone() for name, b in model.named_buffers()}
@@ -302,7 +242,7 @@ class Recursion:
 
 def recursion(recipe: Recipe, method: str) -> Recursion:
     """Forward sweep with dense matrices, w and v together. No parameter without a gradient; P of some 50."""
-    model = _differentiable(recipe.model).train()
+    model = differentiable(recipe.model).train()
     names = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     floats = {name: v.shape for name, v in model.named_buffers() if v.is_floating_point()}
     counters = {name: v for name, v in model.named_buffers() if name not in floats}

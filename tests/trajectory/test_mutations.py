@@ -4,85 +4,43 @@
 need not be what was recorded, but it must make sense, and nothing but a refusal may come of it if it does not.
 """
 
-import json
 import os
-import pickle
 import random
 import re
 import shutil
 import struct
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hydragrad.errors import HydragradError, MismatchError, StoreError, UnsupportedError
-from hydragrad.files import dumps, from_json, loads, sha256, to_json
-from hydragrad.journal import sealed
-from hydragrad.trajectory.format import encode_state, encode_steps
-from hydragrad.trajectory.recording import record
+from hydragrad.errors import HydragradError, StoreError
+from hydragrad.files import dumps, loads, sha256
 from hydragrad.trajectory.store import Trajectory
-from tests.trajectory.loops import bind, make_model, record_run, sgd
+from tests.trajectory.forging import (
+    JOURNAL,
+    MANIFEST,
+    content,
+    forge,
+    names,
+    pages,
+    refused_by_name,
+    replace_file,
+    tables_of,
+    tensor_files,
+)
+from tests.trajectory.loops import bind
 
 EACH = 14  # mutants of each of the eleven kinds of damage; four times as many of each of the four kinds of forgery
-MANIFEST, JOURNAL = "manifest.json", "journal.jsonl"
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run to copy: 10 steps, checkpoints at 0, 4, 8, 10."""
-    folder = tmp_path_factory.mktemp("mutations") / "run"
-    record_run(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same loop from other first weights: the same manifest, other content."""
-    folder, model = tmp_path_factory.mktemp("mutations") / "other", make_model()
-    with torch.no_grad():
-        dict(model.named_parameters())["0.bias"].add_(1)
-    record_run(folder, model)
-    return folder
-
-
-@pytest.fixture
-def folder(recorded: Path, tmp_path: Path) -> Path:
-    """A copy to alter."""
-    return Path(shutil.copytree(recorded, tmp_path / "run"))
-
-
-def content(folder: Path) -> dict[str, Any]:
-    """Everything that can be read from a store, in a form that compares."""
-    run = Trajectory(folder)
-    states = [encode_state(run.state(step)) for step in run.checkpoints]
-    steps = [encode_steps([step]) for step in run.steps]
-    return {"about": dumps(asdict(run.manifest)), "steps": steps, "states": states, "complete": run.complete}
 
 
 def is_prefix(part: dict[str, Any], whole: dict[str, Any]) -> bool:
     """What a killed recording leaves, which says that it is one."""
     cut = {key: whole[key][: len(part[key])] for key in ("steps", "states")}
     return part == {**whole, **cut, "complete": False}
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def tensor_files(folder: Path) -> list[str]:
-    return [name for name in names(folder) if name.endswith(".safetensors")]
-
-
-def refused_by_name(error: StoreError, folder: Path) -> None:
-    """The message names a file of the store, or says that there is none."""
-    kinds = (MANIFEST, JOURNAL, "steps/0000", "checkpoints/0000", f"no recorded run in {folder}")
-    assert any(name in str(error) for name in kinds), error
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -227,32 +185,6 @@ def alter(value: Any, chance: random.Random) -> Any:
     return chance.choice(ODD)
 
 
-def forge(folder: Path, manifest: bytes, entries: list[dict[str, Any]]) -> None:
-    """Write manifest and journal with hashes that fit each other."""
-    previous, lines = sha256(manifest), []
-    (folder / MANIFEST).write_bytes(manifest)
-    for entry in entries:
-        lines.append(sealed({key: value for key, value in entry.items() if key not in ("previous", "seal")}, previous))
-        previous = sha256(lines[-1])
-    (folder / JOURNAL).write_bytes(b"".join(lines))
-
-
-def pages(folder: Path) -> tuple[bytes, list[dict[str, Any]]]:
-    entries = [loads(line) for line in (folder / JOURNAL).read_bytes().splitlines()]
-    return (folder / MANIFEST).read_bytes(), entries
-
-
-def replace_file(folder: Path, name: str, data: bytes) -> None:
-    """Write a data file, and make the journal vouch for it."""
-    (folder / name).write_bytes(data)
-    manifest, entries = pages(folder)
-    for entry in entries:
-        for key in ("steps", "checkpoint"):
-            if entry.get(key) and entry[key]["name"] == name:
-                entry[key] |= {"size": len(data), "sha256": sha256(data)}
-    forge(folder, manifest, entries)
-
-
 def forge_manifest(folder: Path, chance: random.Random) -> None:
     manifest, entries = pages(folder)
     altered = alter(loads(manifest), chance)
@@ -296,11 +228,6 @@ def forge_tables(folder: Path, chance: random.Random) -> None:
     replace_file(folder, name, (folder / name).read_bytes())
 
 
-def tables_of(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        return loads(file.metadata()["tables"])
-
-
 @pytest.mark.parametrize(
     "forgery", [forge_manifest, forge_journal, forge_tensors, forge_tables], ids=lambda f: f.__name__
 )
@@ -341,119 +268,3 @@ def test_a_forged_journal_reads_no_file_outside_the_folder(folder: Path, other: 
     shutil.copy(place, tmp := folder / "steps" / "copy")
     os.replace(tmp, folder / honest["name"])
     assert len(Trajectory(folder)) == 10  # the same bytes within the folder are taken: it was the place
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# No code runs
-
-
-class Payload:
-    """Leaves a mark where it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.mark,))
-
-
-def test_a_pickle_in_place_of_tensors_is_not_loaded(folder: Path, tmp_path: Path) -> None:
-    mark, payload = tmp_path / "mark", b""
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        payload = pickle.dumps(Payload(mark), protocol)
-        for name in tensor_files(folder):
-            kept = (folder / name).read_bytes()
-            for data in (payload, struct.pack("<Q", len(payload)) + payload):
-                replace_file(folder, name, data)
-                with pytest.raises(StoreError, match=rf"{name} cannot be read"):
-                    content(folder)
-            replace_file(folder, name, kept)
-    torch.save(Payload(mark), folder / "odd")
-    replace_file(folder, tensor_files(folder)[0], (folder / "odd").read_bytes())
-    with pytest.raises(StoreError, match=r"cannot be read"):
-        content(folder)
-    assert not mark.exists()
-    pickle.loads(payload)
-    assert mark.exists()  # it would have been seen
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [("os", "system"), ("torch.optim", "lr_scheduler"), ("torch.optim", "Optimizer"), ("torch.optim", "__import__"),
-     ("torch.optimizers", "SGD"), ("torch.optim", "sgd"), ("subprocess", "Popen"), ("torch.optim.sgd", "_params_doc")],
-)  # fmt: skip
-def test_only_optimizers_of_torch_are_ever_made(
-    module: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "system", lambda *_: pytest.fail("code was run"))
-    manifest, entries = pages(folder)
-    about = loads(manifest)
-    about["optimizer"] |= {"class": name, "module": module}
-    forge(folder, dumps(about).encode(), entries)
-    assert len(Trajectory(folder)) == 10
-    with pytest.raises(UnsupportedError, match=re.escape(f"the optimizer {module}.{name}")):
-        bind(folder)
-
-
-def test_names_of_functions_are_shown_and_never_called(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "system", lambda *_: pytest.fail("code was run"))
-    manifest, entries = pages(folder)
-    about = loads(manifest)
-    own = {**about["collate"], "default": False, "function": "os.system"}
-    forge(folder, dumps({**about, "collate": own}).encode(), entries)
-    with pytest.raises(MismatchError, match=r"collate_fn=os\.system"):
-        bind(folder)
-    about["params"]["0.weight"]["dtype"] = "load"
-    forge(folder, dumps(about).encode(), entries)
-    with pytest.raises(StoreError, match=r"manifest\.json was altered"):
-        Trajectory(folder)
-
-
-def test_hyperparameters_that_no_optimizer_takes(folder: Path) -> None:
-    name = "steps/00000000.safetensors"
-    tables = tables_of(folder / name)
-    for odd in ({"lr": "fast"}, {"momentum": None}, {"nesterov": "yes"}, {"weight_decay": (0.1,)}, {"lr": {}}):
-        altered = {**tables, "groups": [({**tables["groups"][0][0], **odd},)]}
-        save_file(load_file(folder / name), folder / name, {"tables": dumps(altered)})
-        replace_file(folder, name, (folder / name).read_bytes())
-        with pytest.raises(StoreError, match=rf"{name} holds steps .* hyperparameters of SGD"):
-            Trajectory(folder)
-
-
-def test_json_is_read_as_it_was_written_or_not_at_all() -> None:
-    for text in (
-        "NaN",
-        "[Infinity]",
-        '{"$tuple":1}',
-        '{"$float":[]}',
-        '{"$float":"x"}',
-        "[" * 10**5,
-        "9" * 5000,
-        b"\xff",
-    ):
-        with pytest.raises(ValueError, match=r".+"):
-            loads(text)
-    assert json.loads(json.dumps(to_json((1, [2.5, None])))) == {"$tuple": [1, [2.5, None]]}
-    assert from_json({"$tuple": [1]}) == (1,)
-
-
-def test_a_writer_never_writes_what_a_reader_refuses(tmp_path: Path) -> None:
-    """Unusual recordings: no step, frozen parameters, an odd hyperparameter, an optimizer of one's own."""
-    with record(tmp_path / "none", model := make_model(), sgd(model)):
-        pass
-    assert content(tmp_path / "none")["complete"]
-    model[0].bias.requires_grad_(False)
-    optimizer = sgd(model)
-    optimizer.param_groups[0] |= {"note": (1, None, "x"), "loud": True}
-    record_run(tmp_path / "odd", model, optimizer)
-    assert content(tmp_path / "odd")["complete"]
-
-    class Own(torch.optim.Optimizer):
-        """State of its own form."""
-
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            for param in self.param_groups[0]["params"]:
-                self.state[param]["history"] = torch.zeros(7, 3)
-
-    record_run(tmp_path / "own", model := make_model(), Own(model.parameters(), {"lr": "own"}))
-    assert content(tmp_path / "own")["complete"]

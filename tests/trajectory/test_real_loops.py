@@ -1,4 +1,4 @@
-"""What real training loops do besides the plain step: mixed precision, schedules, freezing, compiling, skipping."""
+"""What real training loops do besides the plain step: schedules, freezing, compiling, skipping."""
 
 import contextlib
 from collections.abc import Callable
@@ -11,167 +11,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from hydragrad.errors import MismatchError, UnsupportedError
-from hydragrad.run import Run
+from hydragrad.errors import MismatchError
 from hydragrad.trajectory.recording import Recording, record
 from hydragrad.verification import verify
 from tests.trajectory.loops import (
     CLASSES,
-    FEATURES,
-    assert_same_params,
     bind,
     losses,
     make_data,
     make_model,
-    params_of,
     sgd,
 )
-
-
-def seeded(build: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return build()
-
-
-def normed() -> nn.Module:
-    """BatchNorm, and dropout before it, so that its statistics depend on both."""
-    return seeded(
-        lambda: nn.Sequential(
-            nn.Linear(FEATURES, 5), nn.Dropout(0.2), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, CLASSES)
-        )
-    )
-
-
-class Precise(nn.Linear):
-    """A layer that stays in full precision whatever surrounds it; its backward pass does not."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(input.float())
-
-
-def islanded() -> nn.Module:
-    return nn.Sequential(normed(), nn.ReLU(), seeded(lambda: Precise(CLASSES, CLASSES)))
-
-
-def assert_exact(run: Run, model: nn.Module) -> None:
-    """Verified bit for bit, and its end is the trained model, buffers included."""
-    found = verify(run)
-    assert found.exact, found
-    end = run.replay()
-    assert_same_params(end.params, params_of(model))
-    assert_same_params(end.buffers, dict(model.named_buffers()))
-
-
-Step = Callable[[Recording, nn.Module, Optimizer, Any, int], None]
-
-
-def recorded(path: Path, model: nn.Module, optimizer: Optimizer, step: Step, epochs: int = 2, **options: Any) -> None:
-    """A loop whose body is ``step``."""
-    loader = DataLoader(make_data(), 4, shuffle=True, generator=torch.Generator().manual_seed(2))
-    with record(path, model, optimizer, checkpoint_every=3, **options) as recording:
-        place = 0
-        for _ in range(epochs):
-            for batch in recording.batches(loader):
-                step(recording, model, optimizer, batch, place)
-                place += 1
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Mixed precision
-
-
-@pytest.mark.parametrize("clipped", [False, True])
-@pytest.mark.parametrize(("initial", "factor"), [(2.0**40, 0.03), (3e-3, 0.7)], ids=["overflows", "underflows"])
-def test_a_gradient_scaler(initial: float, factor: float, clipped: bool, tmp_path: Path) -> None:
-    scaler = torch.amp.GradScaler(
-        "cpu", init_scale=initial, growth_interval=2, growth_factor=1.7, backoff_factor=factor
-    )
-    scales: list[float] = []
-
-    def step(recording: Recording, model: nn.Module, optimizer: Optimizer, batch: Any, place: int) -> None:
-        optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.float16):
-            loss = losses(model, batch).mean()
-        scaler.scale(loss).backward()
-        if clipped:
-            scaler.unscale_(optimizer)
-            recording.clip_grad_norm_(model.parameters(), 0.3)
-        before = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        if scaler.get_scale() >= before:
-            scales.append(before)
-
-    model = normed()
-    recorded(tmp_path / "run", model, torch.optim.SGD(model.parameters(), lr=0.5), step, 4, scaler=scaler)
-    run = bind(tmp_path / "run", model=normed())
-    assert_exact(run, model)
-    assert [record.scale for record in run.steps] == scales
-    overflowed = sum(len(record.skipped) for record in run.steps)
-    assert len(run.steps) == 24 - overflowed
-    assert (overflowed > 2) == (initial > 1)
-    assert run.half_precision is torch.float16
-    assert [len(record.passes) for record in run.steps] == [len(record.skipped) for record in run.steps]
-
-
-def test_a_disabled_scaler_is_none_and_a_fused_optimizer_is_refused(tmp_path: Path) -> None:
-    model = make_model()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-
-    def step(recording: Recording, model: nn.Module, optimizer: Optimizer, batch: Any, place: int) -> None:
-        optimizer.zero_grad()
-        scaler.scale(losses(model, batch).mean()).backward()
-        scaler.step(optimizer)
-        scaler.update()
-
-    recorded(tmp_path / "run", model, sgd(model), step, scaler=scaler)
-    assert bind(tmp_path / "run").steps[0].scale is None
-    fused = torch.optim.Adam(model.parameters(), fused=True)
-    with pytest.raises(UnsupportedError, match=r"fused optimizer.*fused=False"):
-        record(tmp_path / "other", model, fused, scaler=torch.amp.GradScaler("cpu"))
-    record(tmp_path / "other", model, fused, scaler=scaler)
-
-
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_replayed_bit_for_bit(dtype: torch.dtype, backward: bool, tmp_path: Path) -> None:
-    def step(recording: Recording, model: nn.Module, optimizer: Optimizer, batch: Any, place: int) -> None:
-        optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=dtype, enabled=place % 4 != 3):
-            loss = losses(model, batch).mean()
-            if backward:
-                loss.backward()
-        if not backward:
-            loss.backward()
-        optimizer.step()
-
-    model = islanded()
-    recorded(tmp_path / "run", model, sgd(model), step)
-    run = bind(tmp_path / "run", model=islanded())
-    assert_exact(run, model)
-    assert run.half_precision is dtype
-    casts = [record.autocast for record in run.steps]
-    assert [cast is None for (cast,) in casts] == [place % 4 == 3 for place in range(12)]
-    assert all(cast.backward == backward for (cast,) in casts if cast is not None)
-
-
-def test_the_callers_autocast_does_not_reach_the_replay(tmp_path: Path) -> None:
-    model = normed()
-    recorded(tmp_path / "run", model, sgd(model), plain)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        run = bind(tmp_path / "run", model=normed())
-        assert_exact(run, model)
-    assert run.half_precision is None
-
-
-def plain(recording: Recording, model: nn.Module, optimizer: Optimizer, batch: Any, place: int) -> None:
-    """The ordinary step."""
-    optimizer.zero_grad()
-    losses(model, batch).mean().backward()
-    optimizer.step()
-
+from tests.trajectory.real import assert_exact, normed, plain, recorded, seeded
 
 # ---------------------------------------------------------------------------------------------------------------
 # What is trained, and how fast
