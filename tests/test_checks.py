@@ -8,22 +8,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import hydragrad as hg
 from hydragrad.checks import (
-    DERIVATIVES,
     DOUBTFUL,
     FEW,
     GROWTH,
     LADDER,
     RELIABLE,
+    REMAINDER,
+    SMALLER,
+    Checks,
     FiniteDifferences,
     _correlation,
     _error,
-    derivative_error,
     finite_differences,
     judge,
 )
+from hydragrad.derivatives import DERIVATIVES, derivative_error
 from hydragrad.diagnostics import Rung
 from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.queries import Columns, Queries
@@ -80,7 +83,7 @@ def verdict_of(
     drift: float = 0.0,
     derivatives: float | None = 0.0,
 ) -> tuple[str, tuple[str, ...]]:
-    return judge(method, found, growth, drift, 1e-10, derivatives)
+    return judge(method, Checks(found, derivatives), growth, drift, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -169,13 +172,15 @@ def measured(run: hg.Run, weights: Tensor, until: int | None) -> Tensor:
 
 def by_hand(run: hg.Run, touched: Sequence[int], h: float, until: int | None = None) -> Tensor:
     """(m(1 - h) - m(1 + h)) / 2h: what the scores of these examples together predict."""
-    ends = []
-    for sign in (-1, 1):
-        weights = torch.ones(N_TRAIN, dtype=torch.float64)
-        for i in touched:
-            weights[i] += sign * h
-        ends.append(measured(run, weights, until))
+    ends = [with_weights(run, touched, sign * h, until) for sign in (-1, 1)]
     return (ends[0] - ends[1]) / (2 * h)
+
+
+def with_weights(run: hg.Run, touched: Sequence[int], change: float, until: int | None = None) -> Tensor:
+    weights = torch.ones(N_TRAIN, dtype=torch.float64)
+    for i in touched:
+        weights[i] += change
+    return measured(run, weights, until)
 
 
 AGGREGATES: list[tuple[Any, Callable[[Tensor], Tensor]]] = [
@@ -207,7 +212,9 @@ def test_finite_differences_are_those_of_a_loop_by_hand(run, aggregate, combined
     assert len(rows) == min(FEW, len(usable))
     assert set(rows.tolist()) <= usable  # an example that no step saw shows nothing
     assert list(result.examples) == [i for i in range(N_TRAIN) if members[i] in rows]  # whole groups
-    assert [rung.step for rung in result.ladder] == list(LADDER) == [0.1, 1.0]
+    steps = [rung.step for rung in result.ladder]
+    assert steps in ([*LADDER], [SMALLER, *LADDER])
+    trained = measured(run, torch.ones(N_TRAIN, dtype=torch.float64), until)
     for rung in result.ladder:
         change, predicted = combined(by_hand(run, result.examples, rung.step, until)), scores[rows].sum(0)
         assert_close(doubles(rung.error), ((change - predicted).norm() / change.norm()).reshape(1), SAME)
@@ -216,6 +223,14 @@ def test_finite_differences_are_those_of_a_loop_by_hand(run, aggregate, combined
             assert_close(doubles(rung.correlation), expected.reshape(1), SAME)
         else:
             assert math.isnan(rung.correlation)
+        off = [
+            combined(with_weights(run, result.examples, sign * rung.step, until) - trained)
+            + sign * rung.step * predicted
+            for sign in (-1, 1)
+        ]
+        expected = torch.stack(off).norm() / (2**0.5 * rung.step * predicted.norm())
+        assert_close(doubles(rung.remainder), expected.reshape(1), SAME)
+        assert (rung.remainder <= REMAINDER) or rung.step != LADDER[0] or steps[0] == SMALLER
 
 
 def test_the_seed_chooses_the_examples(run):
@@ -373,6 +388,34 @@ def test_growth_is_measured(gentle, tmp_path):
     assert diagnostics.growth > GROWTH
     assert diagnostics.verdict == "doubtful"
     assert any("chaotic" in reason for reason in diagnostics.reasons)
+
+
+def test_growth_step_by_step_is_that_of_the_closed_form(tmp_path):
+    """loss |a w|^2 / 2 , one batch of all: every step back multiplies lam by 1 - lr A."""
+    rows = torch.tensor([[1.0, 0.5], [0.2, -2.0], [0.7, 0.1], [-0.4, 1.5]], dtype=torch.float64)
+    model, lr = nn.Linear(2, 1, bias=False).double(), 2.0
+
+    def half_square(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).flatten().square() / 2
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    data: Any = list(rows)
+    with hg.record(tmp_path / "run", model, optimizer) as recording:
+        for _ in range(6):
+            for batch in recording.batches(DataLoader(data, batch_size=4)):
+                optimizer.zero_grad()
+                half_square(model, batch).mean().backward()
+                optimizer.step()
+    run = hg.load(tmp_path / "run", model=model, loss=half_square, data=data)
+    found = hg.attribute(run, data[:2], measurement=lambda m, b: m(b).flatten(), check=False).diagnostics
+    back, lam, expected = torch.eye(2, dtype=torch.float64) - lr * rows.T @ rows / 4, rows[:2], []
+    for step in reversed(range(6)):
+        lam = lam @ back
+        expected.append((step, float((lam.norm(dim=1) / rows[:2].norm(dim=1)).max())))
+    assert [step for step, _ in found.growth_by_step] == list(range(6))
+    assert_close(doubles(*(g for _, g in found.growth_by_step)), doubles(*(g for _, g in reversed(expected))), SAME)
+    assert found.growth == max(g for _, g in found.growth_by_step)
+    assert found.growth > 1.5  # it does grow here
 
 
 def test_without_check_nothing_is_claimed(gentle):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hydragrad.attribution import Attribution
-from hydragrad.checks import FiniteDifferences, derivative_error, finite_differences, judge
+from hydragrad.checks import Checks, finite_differences, judge
+from hydragrad.derivatives import derivative_error
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.hypergradient.engines import check_method
 from hydragrad.hypergradient.pages import kept_pages
@@ -26,6 +27,7 @@ from hydragrad.run import Run, kept_random_state
 from hydragrad.scoring import Rows, Scores
 from hydragrad.trajectory.moments import Backwards
 from hydragrad.trajectory.state import State
+from hydragrad.verification import repeated_step
 
 DRIFT = {torch.float32: 1e-4, torch.float64: 1e-10}
 """Relative drift of a replay from the record that is still rounding."""
@@ -86,9 +88,9 @@ def attribute(
         )
         watch = _sweep(wanted, scores, plan, progress, pieces)
         swept = time.perf_counter() - began
-        checks = _check(wanted, scores, plan, seed) if check else (None, None)
+        checks = _check(wanted, scores, plan, watch, seed) if check else Checks()
     seconds = time.perf_counter() - began
-    diagnostics = _diagnose(wanted, plan, watch, *checks, seconds, seconds - swept if check else 0.0, seed)
+    diagnostics = _diagnose(wanted, plan, watch, checks, seconds, seconds - swept if check else 0.0, seed)
     values = scores.values if by_epoch else scores.values[0]
     return Attribution(values, wanted.rows.ids, torch.arange(wanted.columns.count), method, diagnostics)
 
@@ -143,29 +145,29 @@ class _Wanted:
         }
 
 
-def _check(wanted: _Wanted, scores: Scores, plan: Plan, seed: int) -> tuple[FiniteDifferences, float | None]:
-    """The ladder of retraining, and the error of torch's own derivatives on one batch."""
-    sweep = wanted.sweep
-    derivatives = derivative_error(sweep.objective, plan.chosen.point, wanted.method)
-    total = scores.values.sum(0)
-    return finite_differences(
-        sweep.run, wanted.queries, wanted.columns, total, wanted.rows.of, sweep.stop, seed
-    ), derivatives
+def _check(wanted: _Wanted, scores: Scores, plan: Plan, watch: Watch, seed: int) -> Checks:
+    """The ladder of retraining, the error of torch's own derivatives on one batch, a step repeated if any drifted."""
+    sweep, total = wanted.sweep, scores.values.sum(0)
+    drifted = min((step for step, drift in watch.drift.items() if drift), default=None)
+    return Checks(
+        derivatives=derivative_error(sweep.objective, plan.chosen.point, wanted.method),
+        found=finite_differences(sweep.run, wanted.queries, wanted.columns, total, wanted.rows.of, sweep.stop, seed),
+        unsteady=None if drifted is None else repeated_step(sweep.run, sweep.run.trajectory.nearest(drifted - 1)),
+    )
 
 
 def _diagnose(
     wanted: _Wanted,
     plan: Plan,
     watch: Watch,
-    found: FiniteDifferences | None,
-    derivatives: float | None,
+    checks: Checks,
     seconds: float,
     check_seconds: float,
     seed: int,
 ) -> Diagnostics:
     """What was seen on the way, with a verdict."""
-    drift = max(watch.drift.values(), default=0.0)
-    verdict, reasons = judge(wanted.method, found, watch.growth, drift, DRIFT[wanted.sweep.dtype], derivatives)
+    drift, found = max(watch.drift.values(), default=0.0), checks.found
+    verdict, reasons = judge(wanted.method, checks, watch.growth, drift, DRIFT[wanted.sweep.dtype])
     return Diagnostics(
         method=wanted.method,
         seconds=seconds,
@@ -173,7 +175,7 @@ def _diagnose(
         replay_seconds=plan.chosen.replay * wanted.sweep.stop,
         drift=drift,
         growth=watch.growth,
-        derivative_error=derivatives,
+        derivative_error=checks.derivatives,
         gradient_gap=plan.gradient_gap,
         plan=str(plan),
         verdict=verdict,
@@ -181,6 +183,10 @@ def _diagnose(
         ladder=found.ladder if found else (),
         examples=found.examples if found else (),
         seed=seed,
+        growth_by_step=tuple(sorted(watch.growths.items())),
+        drift_by_checkpoint=tuple(sorted(watch.drift.items())),
+        range=found.range if found else None,
+        nondeterminism=str(checks.unsteady or ""),
     )
 
 
@@ -197,12 +203,11 @@ def _sweep(wanted: _Wanted, scores: Scores, plan: Plan, progress: bool, pieces: 
             piece = pieces.load(chosen, scores.part(chosen)) if pieces is not None else None
             if piece is not None:
                 scores.part(chosen).copy_(piece.values)
-                watch.skip(sweep.stop, piece.growth, piece.drift)
+                watch.skip(sweep.stop, piece.growths, piece.drift)
                 continue
             _sweep_block(wanted, scores, plan, watch, end, chosen)
             if pieces is not None:
-                drift = max(watch.drift.values(), default=0.0)
-                pieces.save(chosen, Piece(scores.part(chosen), watch.growth, drift))
+                pieces.save(chosen, Piece(scores.part(chosen), watch.growths, watch.drift))
     return watch
 
 
@@ -222,4 +227,4 @@ def _sweep_block(wanted: _Wanted, scores: Scores, plan: Plan, watch: Watch, end:
         watch.begin(adjoint)
         reverse_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
     scores.close(chosen)
-    watch.drift |= moments.drift
+    watch.drifted(moments.drift)

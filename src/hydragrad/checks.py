@@ -1,24 +1,23 @@
 """Whether scores can be believed: finite differences by really retraining, growth, drift, a verdict in words."""
 
-import copy
-from dataclasses import dataclass, fields
-from typing import Any, final
+import math
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from hydragrad.diagnostics import Rung, Verdict
+from hydragrad.derivatives import DERIVATIVES
+from hydragrad.diagnostics import Range, Rung, Verdict
 from hydragrad.errors import NonFiniteError
-from hydragrad.hypergradient.costs import probe_block, probe_buffers
-from hydragrad.hypergradient.curvature import zeros
-from hydragrad.hypergradient.engines import reference
 from hydragrad.hypergradient.queries import Columns, Queries
 from hydragrad.run import Run
-from hydragrad.step.objective import Objective, Point, Vectors
+from hydragrad.trajectory.repeating import Nondeterminism
 
 LADDER = (0.1, 1.0)
 """Steps h of the weights 1 - h and 1 + h; the top, 1, really removes (and doubles) the examples."""
+SMALLER = 0.01
+"""One more step below the ladder, taken where its lowest fails, so that the range has a place to be found in."""
 FEW = 5
 """Examples reweighted: the size of change that scores are asked about."""
 RELIABLE, DOUBTFUL = 0.35, 0.7
@@ -27,8 +26,8 @@ RELIABLE, DOUBTFUL = 0.35, 0.7
 Measured by experiments/approximation.py: scores with errors up to 0.31 had leave-one-out correlations of 0.7 to 1.0,
 with 0.5 one of 0.6, with 0.75 and more at most 0.3.
 """
-DERIVATIVES = 1e-3
-"""Relative error of torch's second derivatives above which some operation's derivative is wrong."""
+REMAINDER = 0.35
+"""What is beyond first order, relative to it, up to which scores are said to hold: the limit of ``reliable``."""
 GROWTH = 1e4
 """Growth of the adjoint above which the run is called chaotic: a change of 1e-4 in a weight fills the measurement."""
 
@@ -36,13 +35,18 @@ GROWTH = 1e4
 @final
 @dataclass(frozen=True)
 class FiniteDifferences:
-    """The ladder of central differences along one direction: all rows of a few chosen examples or groups."""
+    """The ladder of differences along one direction: all rows of a few chosen examples or groups."""
 
     ladder: tuple[Rung, ...]
     examples: tuple[int, ...]
     seed: int
     failure: str = ""
     """Why a replay with these weights could not be compared."""
+
+    @property
+    def range(self) -> Range:
+        """How far the weights of these examples may move before what is beyond first order exceeds ``REMAINDER``."""
+        return estimated_range(self.ladder, len(self.examples))
 
 
 def finite_differences(
@@ -81,11 +85,49 @@ def finite_differences(
             return torch.full((columns.count,), float("nan"), dtype=torch.float64)
         return torch.zeros(columns.count, dtype=torch.float64).index_add_(0, columns.of, values * columns.factor)
 
-    rungs = []
-    for h in LADDER:
-        change = (measured(-h) - measured(h)) / (2 * h)
-        rungs.append(Rung(h, _error(change, predicted), _correlation(change, predicted)))
+    trained = measured(0.0)  # no more than a look at the recorded state: no weight differs from 1
+
+    def rung(h: float) -> Rung:
+        down, up = measured(-h), measured(h)
+        change = (down - up) / (2 * h)
+        remainder = torch.stack([down - trained - h * predicted, up - trained + h * predicted]).norm()
+        return Rung(h, _error(change, predicted), _correlation(change, predicted), _share(remainder, h, predicted))
+
+    rungs = [rung(h) for h in LADDER]
+    if not rungs[0].remainder <= REMAINDER:
+        rungs.insert(0, rung(SMALLER))
     return FiniteDifferences(tuple(rungs), tuple(touched.nonzero().flatten().tolist()), seed, *failures[:1])
+
+
+def estimated_range(ladder: tuple[Rung, ...], examples: int) -> Range:
+    """The largest step h up to which the remainder stays within ``REMAINDER``, between two rungs by a power law.
+
+    By Taylor's theorem m(1 - h) - m(1) = h S + c h^p + ..., p >= 2: the remainder relative to h S grows as h^(p-1), a
+    straight line in logarithms, exactly so where one power rules.
+    """
+    low, below = 0.0, None
+    for rung in ladder:
+        if not rung.remainder <= REMAINDER:
+            return Range(_crossing(below, rung), low, rung.step, examples, REMAINDER)
+        low, below = rung.step, rung
+    return Range(low, low, math.inf, examples, REMAINDER)
+
+
+def _crossing(below: Rung | None, above: Rung) -> float:
+    """Where the line through two rungs, in logarithms, meets the limit; the last rung that held where none is."""
+    if below is None:
+        return 0.0
+    if not math.isfinite(above.remainder):
+        return below.step
+    a, b = (math.log(max(r.remainder, 1e-12)) for r in (below, above))
+    share = (math.log(REMAINDER) - a) / (b - a)
+    return below.step * (above.step / below.step) ** share
+
+
+def _share(remainder: Tensor, h: float, predicted: Tensor) -> float:
+    """||remainder|| of both sides together, relative to that of the prediction."""
+    scale = math.sqrt(2) * h * float(predicted.norm())
+    return float(remainder) / scale if scale else (math.inf if float(remainder) else 0.0)
 
 
 def _error(measured: Tensor, predicted: Tensor) -> float:
@@ -99,100 +141,21 @@ def _correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
 
 
-def derivative_error(objective: Objective, point: Point, method: str) -> float | None:
-    """Relative error of torch's derivatives of this model against finite differences, in float64, on one batch.
+@final
+@dataclass(frozen=True)
+class Checks:
+    """What was looked at besides the sweep: the ladder, torch's derivatives, a step repeated. None: not looked at."""
 
-    The reference engine's products against differences of first derivatives along one random vector: it finds kernels
-    whose second derivative is wrong, which no comparison of engines can. None if the model does not run in float64.
-    """
-    try:
-        double = Objective(
-            objective.problem,
-            copy.deepcopy(objective.module).double(),
-            objective.names,
-            objective.carried,
-            objective.counters,
-        )
-        here = Point(*(pytree.tree_map(_doubled, getattr(point, field.name)) for field in fields(Point)))
-        vector = tuple(v / len(v) ** 0.5 for v in (x[0] for x in probe_block(here, 1)))
-        with double.differentiable():
-            gam = tuple(v.unsqueeze(0) for v in vector)
-            bet = tuple(torch.zeros_like(v).unsqueeze(0) for v in here.carried)
-            curved, terms, _ = reference(method, double).products(here, gam, bet)
-            h = 1e-6
-            ends = [_first_derivatives(double, here, vector, sign * h) for sign in (1, -1)]
-            buffers = _buffers_error(double, here, vector, method) if here.carried else 0.0
-    except (RuntimeError, TypeError, NotImplementedError):
-        return None
-    pairs = [((ends[0][0] - ends[1][0]) * here.coefficients / (2 * h), terms[0])]
-    if method == "exact" and curved is not None:
-        up, down = (torch.cat([g.flatten() for g in end[1]]) for end in ends)
-        pairs.append(((up - down) / (2 * h), torch.cat([c.flatten() for c in curved])))
-    return max(buffers, *(float((a - b).norm()) / max(float(a.norm()), 1e-30) for a, b in pairs))
-
-
-def _buffers_error(objective: Objective, point: Point, vector: Vectors, method: str) -> float:
-    """As ``derivative_error``, for the buffers: V along random directions, and for ``exact`` g along one of v.
-
-    A vector-Jacobian product has no entry to compare with a difference, so numbers are compared: its product with the
-    direction, and the difference's with the cotangent.
-    """
-    engine, both = reference(method, objective), probe_buffers(point, 2)
-    bet, along = tuple(x[:1] for x in both), tuple(x[1] for x in both)
-    gam, h = tuple(v.unsqueeze(0) for v in vector), 1e-6
-
-    def paired(a: Vectors | None, b: Vectors) -> float:
-        return sum(float((x * y).sum()) for x, y in zip(a or (), b, strict=True))
-
-    def norm(a: Vectors) -> float:
-        return paired(a, a) ** 0.5
-
-    curved, _, back = engine.products(point, zeros(gam), bet)
-    ends = [_moved(objective, point, vector, along, sign * h) for sign in (1, -1)]
-    slopes = tuple((a - b) / (2 * h) for a, b in zip(*(end[1] for end in ends), strict=True))
-    expected, found = paired(slopes, tuple(x[0] for x in bet)), paired(curved, gam) + paired(back, along)
-    error = abs(found - expected) / max(norm(slopes) * norm(bet), 1e-30)
-    if method != "exact":
-        return error
-    _, _, back = engine.products(point, gam, zeros(bet))
-    ends = [_moved(objective, point, zeros(vector), along, sign * h) for sign in (1, -1)]
-    slopes = tuple((a - b) / (2 * h) for a, b in zip(*(end[0] for end in ends), strict=True))
-    scale = norm(vector) * (norm(slopes) + norm(ends[0][0]))  # g may not depend on v at all
-    return max(error, abs(paired(back, along) - paired(slopes, vector)) / max(scale, 1e-30))
-
-
-def _moved(objective: Objective, point: Point, vector: Vectors, along: Vectors, h: float) -> tuple[Vectors, Vectors]:
-    """The gradient of J and V at (w, v) + h (vector, along)."""
-    with torch.enable_grad():
-        params = tuple((p + h * v).detach().requires_grad_() for p, v in zip(point.params, vector, strict=True))
-        carried = tuple(p + h * v for p, v in zip(point.carried, along, strict=True))
-        losses, after = objective.evaluate(params, point.rest, point.batch, carried, point.draws)
-        scalar = (point.coefficients * point.weights * losses).sum()
-        return torch.autograd.grad(scalar, params, materialize_grads=True), tuple(v.detach() for v in after)
-
-
-def _doubled(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-def _first_derivatives(objective: Objective, point: Point, vector: Vectors, h: float) -> tuple[Tensor, Vectors]:
-    """Losses and gradient of J at w + h v."""
-    with torch.enable_grad():
-        params = tuple((p + h * v).detach().requires_grad_() for p, v in zip(point.params, vector, strict=True))
-        losses = objective.losses(params, point.rest, point.batch, point.carried, point.draws)
-        scalar = (point.coefficients * point.weights * losses).sum()
-        return losses.detach(), torch.autograd.grad(scalar, params, materialize_grads=True)
+    found: FiniteDifferences | None = None
+    derivatives: float | None = None
+    unsteady: Nondeterminism | None = None
 
 
 def judge(
-    method: str,
-    found: FiniteDifferences | None,
-    growth: float,
-    drift: float,
-    drift_limit: float,
-    derivatives: float | None,
+    method: str, checks: Checks, growth: float, drift: float, drift_limit: float
 ) -> tuple[Verdict, tuple[str, ...]]:
     """The verdict on first-order scores for this run, with its reasons."""
+    found, derivatives = checks.found, checks.derivatives
     reasons: list[str] = []
     verdict: Verdict = "unchecked"
     if found is not None:
@@ -221,8 +184,8 @@ def judge(
     if drift > drift_limit:
         verdict = "meaningless" if verdict == "meaningless" else "doubtful"
         reasons.append(
-            f"the replay ended {drift:.1e} (relative) away from the recorded run: another machine, thread count or "
-            "non-deterministic kernels"
+            f"the replay ended {drift:.1e} (relative) away from the recorded run: "
+            + str(checks.unsteady or "another machine, thread count or non-deterministic kernels")
         )
     return verdict, tuple(reasons)
 

@@ -1,6 +1,6 @@
 """What an attribution says about itself: its cost, and whether its scores can be believed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, final
 
@@ -12,13 +12,48 @@ Verdict = Literal["reliable", "doubtful", "meaningless", "unchecked"]
 class Rung:
     """One step of the finite-difference ladder: weights 1 - h and 1 + h on a few examples, really retrained.
 
-    ``step`` h; ``error`` |measured - predicted| / |measured| over all queries; ``correlation`` of the two over the
-    queries (NaN for fewer than three).
+    ``step`` h; ``error`` |measured - predicted| / |measured| over all queries, of the central difference;
+    ``correlation`` of the two over the queries (NaN for fewer than three); ``remainder``: what each side alone is off
+    from the prediction, relative to it: |m(1 -+ h) - m(1) -+ h S| / |h S|, both sides together.
     """
 
     step: float
     error: float
     correlation: float
+    remainder: float = float("nan")
+
+
+@final
+@dataclass(frozen=True)
+class Range:
+    """How far weights may move before the first-order prediction is off by more than ``limit`` (relative to it).
+
+    ``step`` h, estimated: ``examples`` many reweighted together, within 1 - h and 1 + h; it lies between ``low``, the
+    largest step tried that held (0: none), and ``high``, the smallest that did not (infinity: none).
+    """
+
+    step: float
+    low: float
+    high: float
+    examples: int
+    limit: float
+
+    @property
+    def removals(self) -> float:
+        """About as many of them removed at once: h n, for n examples reweighted by h are that much weight in all."""
+        return self.step * self.examples
+
+    def __str__(self) -> str:
+        many = f"weights of {self.examples} examples changed by"
+        if self.low == 0.0:
+            return f"first-order scores do not even hold for {many} {self.high:g} (off by more than {self.limit:.0%})"
+        words = "at least" if self.high == float("inf") else "about"
+        count = f"{self.removals:.0f}" if self.removals >= 3 else f"{self.removals:.2g}"
+        plural = "example" if count == "1" else "examples"
+        return (
+            f"first-order scores hold for removing {words} {count} {plural} at once "
+            f"({many} up to {self.step:.2g}: off by at most {self.limit:.0%})"
+        )
 
 
 @final
@@ -34,7 +69,11 @@ class Diagnostics:
     the model against finite differences on one batch, in float64 (None: not checked, or the model does not run so);
     ``gradient_gap``: relative difference between the gradient of the loss as it is differentiated and the training
     step's, on one batch (rounding; more is refused);
-    ``verdict`` and ``reasons``: whether first-order scores are reliable for this run, in words.
+    ``growth_by_step``: (step, growth) at some fifty steps, first to last; ``drift_by_checkpoint``: (step, drift) of
+    every checkpoint that the replay came by; ``range``: how far weights may move for the scores to hold (None: not
+    checked); ``nondeterminism``: what differs when a step is repeated, in words (empty: nothing, or nothing drifted);
+    ``verdict`` and ``reasons``: whether first-order scores are reliable for this run, in words; ``summary`` is a
+    sentence of both.
     """
 
     method: str
@@ -51,6 +90,16 @@ class Diagnostics:
     seed: int = 0
     derivative_error: float | None = None
     gradient_gap: float | None = None
+    growth_by_step: tuple[tuple[int, float], ...] = ()
+    drift_by_checkpoint: tuple[tuple[int, float], ...] = ()
+    range: Range | None = None
+    nondeterminism: str = ""
+
+    @property
+    def summary(self) -> str:
+        """The verdict as a sentence: first-order scores are ... here, because ..."""
+        because = "; ".join(self.reasons) or "nothing was retrained to compare with (check=False)"
+        return f"first-order scores are {self.verdict} here, because {because}"
 
     @property
     def ratio(self) -> float:
@@ -73,6 +122,12 @@ class Diagnostics:
         lines += [
             f"  weights 1 +- {r.step:g}: error {r.error:.3f}, correlation {r.correlation:.2f}" for r in self.ladder
         ]
+        if self.range is not None:
+            lines.append(f"  {self.range}")
+        if self.drift:
+            lines.append("  drift by checkpoint: " + _sampled(self.drift_by_checkpoint, "{:.1e}"))
+        if self.growth_by_step and self.growth > 10:
+            lines.append("  growth by step: " + _sampled(self.growth_by_step, "{:.2g}"))
         return "\n".join([*lines, *(f"  - {reason}" for reason in self.reasons)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,4 +142,15 @@ class Diagnostics:
         given["ladder"] = tuple(Rung(**rung) for rung in given.get("ladder", ()))
         given["reasons"] = tuple(given.get("reasons", ()))
         given["examples"] = tuple(given.get("examples", ()))
+        for name in ("growth_by_step", "drift_by_checkpoint"):
+            given[name] = tuple((step, value) for step, value in given.get(name, ()))
+        if given.get("range") is not None:
+            given["range"] = Range(**given["range"])
         return Diagnostics(**given)
+
+
+def _sampled(pairs: Sequence[tuple[int, float]], form: str, most: int = 8) -> str:
+    """At most so many of them, first and last among them, as words."""
+    every = max(1, -(-(len(pairs) - 1) // (most - 1)))
+    chosen = [*pairs[:-1:every], pairs[-1]] if pairs else []
+    return ", ".join(f"step {step} {form.format(value)}" for step, value in chosen)

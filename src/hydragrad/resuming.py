@@ -29,8 +29,8 @@ class Piece(NamedTuple):
     """The scores [E or 1, R, k] of some columns, and what their sweep saw."""
 
     values: Tensor
-    growth: float
-    drift: float
+    growths: Mapping[int, float]
+    drift: Mapping[int, float]
 
 
 @final
@@ -85,12 +85,14 @@ class Pieces:
         if values is None or tables != about or values.shape != like.shape or values.dtype != like.dtype:
             got = None if values is None else (list(values.shape), values.dtype)
             raise StoreError(broken_file(path, "is another piece", f"{list(like.shape)}, {like.dtype}", str(got)))
-        return Piece(values, about["growth"], about["drift"])
+        return Piece(values, dict(about["growth"]), dict(about["drift"]))
 
     def save(self, columns: slice, piece: Piece) -> None:
         """Keep a finished piece."""
         assert self._journal is not None
-        about = {"columns": [columns.start, columns.stop], "growth": piece.growth, "drift": piece.drift}
+        seen = {"growth": piece.growths, "drift": piece.drift}  # by step
+        about = {"columns": [columns.start, columns.stop]}
+        about |= {name: [[step, value] for step, value in given.items()] for name, given in seen.items()}
         name = f"pieces/{columns.start:08d}.safetensors"
         ref = FileRef.write(self.folder, name, save_tensors({"values": piece.values.contiguous()}, about))
         self._journal.append({"piece": ref.to_dict(), "about": about})
@@ -110,8 +112,9 @@ class Pieces:
         for entry in rest:
             with reading(self._path):
                 start, stop = entry["about"]["columns"]
-                about = {**entry["about"], "growth": float(entry["about"]["growth"])}
-                about["drift"] = float(about["drift"])
+                about = dict(entry["about"])
+                for name in ("growth", "drift"):
+                    about[name] = [[int(step), float(value)] for step, value in about[name]]
             ref = FileRef.of(entry.get("piece"), self._path)
             ref.check_size(self.folder)
             self._done[start, stop] = (ref, about)

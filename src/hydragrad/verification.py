@@ -9,6 +9,7 @@ from hydragrad.errors import MismatchError, NonFiniteError
 from hydragrad.run import Run, kept_random_state
 from hydragrad.trajectory.agreement import state_difference, tolerance
 from hydragrad.trajectory.finite import check_finite
+from hydragrad.trajectory.repeating import Nondeterminism, repeated
 from hydragrad.trajectory.replay import Replayer
 
 
@@ -18,7 +19,8 @@ class Verification:
     """What ``verify`` found; true if ``ok``.
 
     ``exact``: every gradient and checkpoint was equal bit for bit; ``drift``: checkpoint step -> largest relative
-    difference of a tensor; ``first_difference``: the first step whose gradient (or data) differed; ``reasons``: words.
+    difference of a tensor; ``first_difference``: the first step whose gradient (or data) differed;
+    ``nondeterminism``: what differs when that step is repeated (None: nothing, or no need to look); ``reasons``: words.
     """
 
     ok: bool
@@ -27,6 +29,7 @@ class Verification:
     drift: dict[int, float] = field(default_factory=dict)
     first_difference: int | None = None
     reasons: tuple[str, ...] = ()
+    nondeterminism: Nondeterminism | None = None
 
     def __bool__(self) -> bool:
         return self.ok
@@ -38,7 +41,9 @@ class Verification:
             head = f"ok: {self.steps} steps replayed to rounding, largest drift {max(self.drift.values()):.2g}"
         else:
             head = f"failed: the replay is not the recorded run ({self.steps} steps replayed)"
-        return "\n".join([head, *(f"- {reason}" for reason in self.reasons)])
+        apart = ", ".join(f"step {step} {value:.2g}" for step, value in self.drift.items() if value)
+        lines = [f"- drift at the checkpoints (0 where not named): {apart}"] if apart else []
+        return "\n".join([head, *lines, *(f"- {reason}" for reason in self.reasons)])
 
 
 def verify(run: Run) -> Verification:
@@ -68,15 +73,33 @@ def verify(run: Run) -> Verification:
     apart = [step for step, value in drift.items() if not value <= limit]
     if apart:
         reasons.append(f"the state at step {apart[0]} is off by {drift[apart[0]]:.2g} relative (allowed: {limit:g})")
+    unsteady = None
     if not exact:
         reasons += _hints(run, replayer, first)
+        where = first if first is not None else min(step for step, value in drift.items() if value) - 1
+        unsteady = repeated_step(run, max(where, 0))
+        reasons.append(str(unsteady) if unsteady is not None else _repeats(max(where, 0)))
     try:
         check_finite(replayer.state(), replayer, run.trajectory)
     except NonFiniteError as error:
         reasons.append(f"the run itself is not finite: {error}")
     if not run.trajectory.complete:
         reasons.append(f"the recording is incomplete ({run.trajectory.reason}): {run.num_steps} steps were kept")
-    return Verification(done == run.num_steps and not apart, exact, done, drift, first, tuple(reasons))
+    return Verification(done == run.num_steps and not apart, exact, done, drift, first, tuple(reasons), unsteady)
+
+
+def repeated_step(run: Run, step: int) -> Nondeterminism | None:
+    """Whether a recorded step can be repeated, from the recorded state nearest before it."""
+    replayer = run.replayer(check=False)
+    with kept_random_state():
+        replayer.restore(run.trajectory.state(run.trajectory.nearest(step)))
+        for record in run.steps[replayer.step : step]:
+            replayer.advance(record)
+        return repeated(replayer, replayer.state(), run.steps[step])
+
+
+def _repeats(step: int) -> str:
+    return f"step {step} can be repeated bit for bit: the difference lies in code, data or machine, not in chance"
 
 
 def _hints(run: Run, replayer: Replayer, first: int | None) -> list[str]:

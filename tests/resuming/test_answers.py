@@ -51,6 +51,8 @@ def test_pieces_make_the_same_answer_as_no_pieces(
         assert torch.equal(scores.train_ids, plain.train_ids)
         assert scores.diagnostics.growth == plain.diagnostics.growth
         assert scores.diagnostics.drift == plain.diagnostics.drift
+        assert scores.diagnostics.growth_by_step == plain.diagnostics.growth_by_step
+        assert scores.diagnostics.drift_by_checkpoint == plain.diagnostics.drift_by_checkpoint
         assert str(scores.diagnostics.ladder) == str(plain.diagnostics.ladder)  # NaN is not NaN
     ordinary = {key: value for key, value in options.items() if key not in ("by_epoch", "check")}
     assert_close(plain.total, values(run, QUERIES, **ordinary), SAME)

@@ -1,6 +1,6 @@
 """What is watched while a sweep lasts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 from torch import Tensor
@@ -21,20 +21,31 @@ class Watch:
     def __init__(self, steps: int, sweeps: int, names: Sequence[str], progress: bool) -> None:
         self._bad = FirstBad(names)
         self.every = max(1, steps // 50)
-        self.growth, self.drift = 0.0, dict[int, float]()
+        self.growths, self.drift = dict[int, float](), dict[int, float]()
         self.bar = tqdm(total=steps * sweeps, desc="sweeping back", unit="step", delay=2, disable=not progress)
         self._first: Tensor | None = None
         self._small = True
+
+    @property
+    def growth(self) -> float:
+        """The largest of all."""
+        return max(self.growths.values(), default=0.0)
 
     def begin(self, adjoint: Adjoint | Direction) -> None:
         self._first = adjoint.norms()
         self._small = sum(x.numel() for x in adjoint.parts()) <= _LOOKED_AT_ALWAYS
 
-    def skip(self, steps: int, growth: float, drift: float) -> None:
+    def skip(self, steps: int, growths: Mapping[int, float], drift: Mapping[int, float]) -> None:
         """A piece was finished by an earlier call, which saw this."""
         self.bar.update(steps)
-        self.growth = max(self.growth, growth)
-        self.drift[-1] = max(self.drift.get(-1, 0.0), drift)
+        for step, value in growths.items():
+            self.growths[step] = max(self.growths.get(step, 0.0), value)
+        self.drifted(drift)
+
+    def drifted(self, drift: Mapping[int, float]) -> None:
+        """How far a replay ended from checkpoints, by step; where a sweep came by before, the larger counts."""
+        for step, value in drift.items():
+            self.drift[step] = max(self.drift.get(step, 0.0), value)
 
     def __call__(self, step: int, adjoint: Adjoint | Direction) -> None:
         self.bar.update()
@@ -55,4 +66,5 @@ class Watch:
                     remedy="try method='gauss-newton' or 'hessian-free', or ask an earlier step with step=",
                 )
             )
-        self.growth = max(self.growth, float((adjoint.norms() / self._first.clamp_min(1e-30)).max()))
+        growth = float((adjoint.norms() / self._first.clamp_min(1e-30)).max())
+        self.growths[step] = max(self.growths.get(step, 0.0), growth)

@@ -1,0 +1,102 @@
+"""Whether torch's derivatives of a model are right: against finite differences, in float64, on one batch."""
+
+import copy
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hydragrad.hypergradient.costs import probe_block, probe_buffers
+from hydragrad.hypergradient.curvature import zeros
+from hydragrad.hypergradient.engines import reference
+from hydragrad.step.objective import Objective, Point, Vectors
+
+DERIVATIVES = 1e-3
+"""Relative error of torch's second derivatives above which some operation's derivative is wrong."""
+
+
+def derivative_error(objective: Objective, point: Point, method: str) -> float | None:
+    """Relative error of torch's derivatives of this model against finite differences, in float64, on one batch.
+
+    The reference engine's products against differences of first derivatives along one random vector: it finds kernels
+    whose second derivative is wrong, which no comparison of engines can. None if the model does not run in float64.
+    """
+    try:
+        double = Objective(
+            objective.problem,
+            copy.deepcopy(objective.module).double(),
+            objective.names,
+            objective.carried,
+            objective.counters,
+        )
+        here = Point(*(pytree.tree_map(_doubled, getattr(point, field.name)) for field in fields(Point)))
+        vector = tuple(v / len(v) ** 0.5 for v in (x[0] for x in probe_block(here, 1)))
+        with double.differentiable():
+            gam = tuple(v.unsqueeze(0) for v in vector)
+            bet = tuple(torch.zeros_like(v).unsqueeze(0) for v in here.carried)
+            curved, terms, _ = reference(method, double).products(here, gam, bet)
+            h = 1e-6
+            ends = [_first_derivatives(double, here, vector, sign * h) for sign in (1, -1)]
+            buffers = _buffers_error(double, here, vector, method) if here.carried else 0.0
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+    pairs = [((ends[0][0] - ends[1][0]) * here.coefficients / (2 * h), terms[0])]
+    if method == "exact" and curved is not None:
+        up, down = (torch.cat([g.flatten() for g in end[1]]) for end in ends)
+        pairs.append(((up - down) / (2 * h), torch.cat([c.flatten() for c in curved])))
+    return max(buffers, *(float((a - b).norm()) / max(float(a.norm()), 1e-30) for a, b in pairs))
+
+
+def _buffers_error(objective: Objective, point: Point, vector: Vectors, method: str) -> float:
+    """As ``derivative_error``, for the buffers: V along random directions, and for ``exact`` g along one of v.
+
+    A vector-Jacobian product has no entry to compare with a difference, so numbers are compared: its product with the
+    direction, and the difference's with the cotangent.
+    """
+    engine, both = reference(method, objective), probe_buffers(point, 2)
+    bet, along = tuple(x[:1] for x in both), tuple(x[1] for x in both)
+    gam, h = tuple(v.unsqueeze(0) for v in vector), 1e-6
+
+    def paired(a: Vectors | None, b: Vectors) -> float:
+        return sum(float((x * y).sum()) for x, y in zip(a or (), b, strict=True))
+
+    def norm(a: Vectors) -> float:
+        return paired(a, a) ** 0.5
+
+    curved, _, back = engine.products(point, zeros(gam), bet)
+    ends = [_moved(objective, point, vector, along, sign * h) for sign in (1, -1)]
+    slopes = tuple((a - b) / (2 * h) for a, b in zip(*(end[1] for end in ends), strict=True))
+    expected, found = paired(slopes, tuple(x[0] for x in bet)), paired(curved, gam) + paired(back, along)
+    error = abs(found - expected) / max(norm(slopes) * norm(bet), 1e-30)
+    if method != "exact":
+        return error
+    _, _, back = engine.products(point, gam, zeros(bet))
+    ends = [_moved(objective, point, zeros(vector), along, sign * h) for sign in (1, -1)]
+    slopes = tuple((a - b) / (2 * h) for a, b in zip(*(end[0] for end in ends), strict=True))
+    scale = norm(vector) * (norm(slopes) + norm(ends[0][0]))  # g may not depend on v at all
+    return max(error, abs(paired(back, along) - paired(slopes, vector)) / max(scale, 1e-30))
+
+
+def _moved(objective: Objective, point: Point, vector: Vectors, along: Vectors, h: float) -> tuple[Vectors, Vectors]:
+    """The gradient of J and V at (w, v) + h (vector, along)."""
+    with torch.enable_grad():
+        params = tuple((p + h * v).detach().requires_grad_() for p, v in zip(point.params, vector, strict=True))
+        carried = tuple(p + h * v for p, v in zip(point.carried, along, strict=True))
+        losses, after = objective.evaluate(params, point.rest, point.batch, carried, point.draws)
+        scalar = (point.coefficients * point.weights * losses).sum()
+        return torch.autograd.grad(scalar, params, materialize_grads=True), tuple(v.detach() for v in after)
+
+
+def _doubled(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _first_derivatives(objective: Objective, point: Point, vector: Vectors, h: float) -> tuple[Tensor, Vectors]:
+    """Losses and gradient of J at w + h v."""
+    with torch.enable_grad():
+        params = tuple((p + h * v).detach().requires_grad_() for p, v in zip(point.params, vector, strict=True))
+        losses = objective.losses(params, point.rest, point.batch, point.carried, point.draws)
+        scalar = (point.coefficients * point.weights * losses).sum()
+        return losses.detach(), torch.autograd.grad(scalar, params, materialize_grads=True)
