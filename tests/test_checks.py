@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,15 +25,12 @@ from hydragrad.checks import (
     finite_differences,
     judge,
 )
-from hydragrad.derivatives import DERIVATIVES, derivative_error
+from hydragrad.derivatives import DERIVATIVES
 from hydragrad.diagnostics import Rung
-from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.queries import Columns, Queries
-from hydragrad.hypergradient.sweeping import Sweep
-from hydragrad.trajectory.moments import forwards
 from tests.hypergradient.recorded import recipe_of, recorded
 from tests.tolerances import SAME, assert_close
-from tests.zoo import CASES, N_QUERY, N_TRAIN, case
+from tests.zoo import N_QUERY, N_TRAIN, case
 
 # ---------------------------------------------------------------------------------------------------------------
 # Errors and correlations, by hand
@@ -241,103 +237,6 @@ def test_the_seed_chooses_the_examples(run):
     assert check(0).ladder[1].error == pytest.approx(check(0).ladder[1].error, rel=1e-9)
     assert len({check(seed).examples for seed in range(4)}) > 1
     assert check(3).seed == 3
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Derivatives of the model
-
-
-def error_of(sweep: Sweep, method: str) -> float:
-    moment = next(forwards(sweep.replayer, sweep.run.trajectory, 1))
-    error = derivative_error(sweep.objective, next(points_of(moment, sweep.objective))[2], method)
-    assert error is not None
-    return error
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("name", [name for name in CASES if name != "mlp_relu"])
-def test_smooth_models_have_right_derivatives(name, dtype, tmp_path):
-    sweep = Sweep.of(recorded(recipe_of(case(name, dtype)), tmp_path / "run"))
-    for method in ("exact", "gauss-newton", "hessian-free"):
-        assert error_of(sweep, method) < 1e-6, method
-
-
-class WrongSecond(torch.autograd.Function):
-    """sinh, whose backward is right and is itself differentiated wrongly: as cosh x instead of g sinh x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x)
-        return x.sinh()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
-        return WrongSlope.apply(g, *ctx.saved_tensors)  # type: ignore[return-value]
-
-
-class WrongSlope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(g, x)
-        return g * x.cosh()
-
-    @staticmethod
-    def backward(ctx: Any, gg: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        g, x = ctx.saved_tensors
-        return gg * x.cosh(), gg * g * x.cosh()  # should be sinh
-
-
-class Sinh(nn.Module):
-    def __init__(self, wrong: bool) -> None:
-        super().__init__()
-        self.wrong = wrong
-
-    def forward(self, x: Tensor) -> Tensor:
-        return WrongSecond.apply(x) if self.wrong else x.sinh()  # type: ignore[return-value]
-
-
-def sinh_run(folder: Any, wrong: bool, lr: float = 0.01) -> hg.Run:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        model = nn.Sequential(nn.Linear(4, 6), Sinh(wrong), nn.Linear(6, 3)).double()
-    recipe = recipe_of(PROBLEM, hyper={"lr": lr})
-    groups = [([name for name, _ in model.named_parameters()], {"lr": lr})]
-    return recorded(replace(recipe, model=model, groups=groups), folder / f"run {wrong}")
-
-
-def test_a_wrong_second_derivative_is_found(tmp_path):
-    right, wrong = (Sweep.of(sinh_run(tmp_path, w)) for w in (False, True))
-    assert error_of(right, "exact") < 1e-6
-    assert error_of(wrong, "exact") > 0.05
-    assert error_of(wrong, "hessian-free") < 1e-6  # its first derivative is right
-
-
-def test_a_wrong_second_derivative_makes_scores_doubtful(tmp_path):
-    """The small learning rate hides it from retraining: five examples removed are predicted well all the same."""
-    for wrong in (False, True):
-        diagnostics = hg.attribute(sinh_run(tmp_path, wrong), PROBLEM.queries, check=True, progress=False).diagnostics
-        assert diagnostics.finite_difference_error < RELIABLE
-        assert diagnostics.verdict == ("doubtful" if wrong else "reliable")
-        told = [reason for reason in diagnostics.reasons if "wrong second derivative" in reason]
-        assert len(told) == wrong
-        assert diagnostics.derivative_error is not None
-        assert (diagnostics.derivative_error > DERIVATIVES) == wrong
-
-
-class OnlySingle(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float64:
-            raise RuntimeError("no float64 kernel")
-        return x.tanh()
-
-
-def test_a_model_without_float64_is_not_judged_by_its_derivatives(tmp_path):
-    problem = case("mlp_tanh", torch.float32)
-    model = nn.Sequential(nn.Linear(4, 6), OnlySingle(), nn.Linear(6, 3))
-    run = recorded(replace(recipe_of(problem), model=model), tmp_path / "run")
-    diagnostics = hg.attribute(run, problem.queries, check=True, progress=False).diagnostics
-    assert diagnostics.derivative_error is None
-    assert not any("derivatives" in reason for reason in diagnostics.reasons)
 
 
 # ---------------------------------------------------------------------------------------------------------------

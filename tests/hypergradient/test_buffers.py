@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hydragrad as hg
-from hydragrad.checks import derivative_error
+from hydragrad.derivatives import derivative_error
 from hydragrad.hypergradient import exact, gauss_newton, hessian_free
 from hydragrad.hypergradient.curvature import Engine
 from hydragrad.hypergradient.points import points_of
