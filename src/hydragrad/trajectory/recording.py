@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from hydragrad.amounts import Amount, bytes_of
 from hydragrad.errors import HydragradError, MismatchError, StoreError, UnsupportedError, message
 from hydragrad.trajectory.claims import BackwardWatch, Gathered, PendingBatch
 from hydragrad.trajectory.clips import ClipNotes
@@ -21,6 +22,7 @@ from hydragrad.trajectory.optimizers import group_names, hyperparameters
 from hydragrad.trajectory.randomness import DrawWriter, RandomState, RandomWatch
 from hydragrad.trajectory.sources import Sources, Watched
 from hydragrad.trajectory.state import Hyper, Pass, State, StepRecord, capture_state, live_buffers
+from hydragrad.trajectory.thinning import Thinning
 from hydragrad.trajectory.watching import ModelWatch, Modes, unwrapped
 from hydragrad.trajectory.writer import StoreWriter
 
@@ -32,6 +34,7 @@ def record(
     *,
     reduction: str | None = None,
     checkpoint_every: int = 100,
+    checkpoint_bytes: Amount | None = None,
     overwrite: bool = False,
     scaler: GradScaler | None = None,
     keep_batches: bool = False,
@@ -39,7 +42,9 @@ def record(
     """Record a training loop into the folder ``path``; a context manager that changes none of the loop's numbers.
 
     ``reduction`` ("mean" or "sum") is an optional note of how the loop reduces a batch's losses; the full state is
-    stored every ``checkpoint_every`` steps; ``scaler``: the loop's torch.amp.GradScaler, whose scales are noted;
+    stored every ``checkpoint_every`` steps; ``checkpoint_bytes`` (bytes, or "1 GB"): what these states may take on disk
+    together: a state that does not fit drops every second one and doubles the spacing; ``scaler``: the loop's
+    torch.amp.GradScaler, whose scales are noted;
     ``keep_batches``: store the batches themselves, for data that cannot be made again. That costs their size on disk
     for every step (64 images of 3 x 32 x 32 floats: 0.8 MB a step), and memory for those of ``checkpoint_every`` steps.
     Raises StoreError if the folder holds a run (unless ``overwrite``), UnsupportedError for what cannot be recorded.
@@ -71,7 +76,11 @@ def record(
                 remedy="make the optimizer with fused=False",
             )
         )
-    return Recording(Path(path), model, optimizer, reduction, checkpoint_every, overwrite, scaler, keep_batches)
+    limit = None if checkpoint_bytes is None else bytes_of(checkpoint_bytes, "checkpoint_bytes")
+    thinning = Thinning(checkpoint_every, limit)
+    return Recording(
+        Path(path), model, optimizer, reduction, checkpoint_every, overwrite, scaler, keep_batches, thinning
+    )
 
 
 @final
@@ -88,9 +97,11 @@ class Recording:
         overwrite: bool,
         scaler: GradScaler | None,
         keep_batches: bool,
+        thinning: Thinning,
     ) -> None:
         self._path, self._model, self._optimizer = path, model, optimizer
         self._reduction, self._checkpoint_every, self._overwrite = reduction, checkpoint_every, overwrite
+        self._thinning = thinning
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._plain = plain = unwrapped(model)
         self._params: dict[str, Tensor] = dict(plain.named_parameters())
@@ -117,7 +128,7 @@ class Recording:
         self._within = False  # between a batch and what follows it
 
     def __enter__(self) -> "Recording":
-        self._writer = StoreWriter(self._path, overwrite=self._overwrite)
+        self._writer = StoreWriter(self._path, self._thinning, overwrite=self._overwrite)
         self._open.enter_context(self._watch.watching())
         self._open.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
         self._open.callback(self._optimizer.register_step_post_hook(self._after_step).remove)
@@ -310,7 +321,8 @@ class Recording:
         self._taken, self._now = None, Gathered()
         self._count += 1
         if self._count % self._checkpoint_every == 0:
-            self._flush(self._capture())
+            assert self._writer is not None
+            self._flush(self._capture() if self._writer.thinning.due(self._count) else None)
 
     def _flush(self, state: State | None) -> None:
         assert self._writer is not None
@@ -319,6 +331,8 @@ class Recording:
             self._steps = []
             self._kept = None if self._kept is None else []
             self._draws.forget()
+        elif state is not None and state.step not in self._writer.thinning.kept:
+            self._writer.keep(state)
 
     def _capture(self) -> State:
         random = RandomState.capture(self._device)

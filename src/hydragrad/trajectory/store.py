@@ -48,9 +48,9 @@ class Trajectory:
             if entry.get("end"):
                 continue
             if entry["checkpoint"] is not None:
-                checkpoint = FileRef.of(entry["checkpoint"], journal)
-                checkpoint.check_size(self.folder)
-                self._states[entry["stop"]] = checkpoint
+                self._states[entry["stop"]] = FileRef.of(entry["checkpoint"], journal)
+            for dropped in entry.get("dropped", ()):
+                del self._states[dropped]
             if entry.get("batches") is not None:
                 kept = FileRef.of(entry["batches"], journal)
                 kept.check_size(self.folder)
@@ -62,6 +62,8 @@ class Trajectory:
                 check_steps(segment, self.manifest, range(entry["start"], entry["stop"]), path)
                 check_draws(segment, path)
                 steps.extend(segment)
+        for checkpoint in self._states.values():
+            checkpoint.check_size(self.folder)
         self.steps: Sequence[StepRecord] = tuple(steps)
         self.checkpoints: tuple[int, ...] = tuple(sorted(self._states))
 

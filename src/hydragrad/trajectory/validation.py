@@ -75,7 +75,7 @@ def check_manifest(manifest: Manifest, path: Path) -> None:
 def check_entries(entries: list[Entry], path: Path) -> None:
     """Refuse a journal whose segments do not follow each other, or whose end is not said as a recording says it."""
     refuse = _refusal(path, "was altered")
-    reached = 0
+    reached, stored = 0, set[int]()
     for number, entry in enumerate(entries, start=1):
         stop: Any = entry.get("stop")
         if type(stop) is not int or not reached <= stop < _LARGEST:
@@ -91,6 +91,10 @@ def check_entries(entries: list[Entry], path: Path) -> None:
             refuse(f"line {number} to hold the steps it counts", entry)
         if number == 1 and entry["checkpoint"] is None:
             refuse("the state before the first step", entry)
+        dropped = entry.get("dropped", [])
+        if not fits(dropped, list[int]) or len(set(dropped)) < len(dropped) or not set(dropped) <= stored - {0}:
+            refuse(f"line {number} to drop states that are stored, but the first", entry)
+        stored = (stored - set(dropped)) | ({stop} if entry["checkpoint"] is not None else set())
         reached = stop
 
 

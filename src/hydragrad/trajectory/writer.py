@@ -12,6 +12,7 @@ from hydragrad.locks import Lock
 from hydragrad.trajectory.format import JOURNAL, LOCK, MANIFEST, encode_state, encode_steps
 from hydragrad.trajectory.keeping import encode_batches
 from hydragrad.trajectory.state import Manifest, State, StepRecord
+from hydragrad.trajectory.thinning import Thinning
 
 
 @final
@@ -19,11 +20,12 @@ class StoreWriter:
     """Owns a run's folder while it is recorded.
 
     Order of writing: checkpoint 0, journal with its first line, manifest (from here on the run exists); then for each
-    segment its steps, its checkpoint, and last the journal's line that makes them count.
+    segment its steps, its checkpoint, and last the journal's line that makes them count. A state that is dropped (see
+    Thinning) is first struck from the journal by a line of its own, then deleted.
     """
 
-    def __init__(self, folder: Path, *, overwrite: bool) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, thinning: Thinning, *, overwrite: bool) -> None:
+        self.folder, self.thinning = folder, thinning
         self._lock = Lock(folder / LOCK, "recorded into by another recorder")
         if (folder / MANIFEST).exists() and not overwrite:
             self._lock.free()
@@ -49,7 +51,7 @@ class StoreWriter:
         """
         described = (dumps(asdict(manifest)) + "\n").encode()
         encoded = encode_state(state)
-        first = FileRef(_checkpoint_name(state), len(encoded), sha256(encoded))
+        first = FileRef(_checkpoint_name(state.step), len(encoded), sha256(encoded))
         line = sealed({"start": 0, "stop": 0, "steps": None, "checkpoint": first.to_dict()}, sha256(described))
         contents = {first.name: encoded, JOURNAL: line, MANIFEST: described}  # the manifest last: then the run exists
         staged: dict[Path, Path] = {}
@@ -67,6 +69,7 @@ class StoreWriter:
             raise
         self._journal = Journal(self.folder / JOURNAL, "")
         self._journal.wrote(line)
+        self.thinning = self.thinning.holding(state.step, len(encoded))
 
     def _clear(self, kept: set[Path]) -> None:
         """Remove the run that was here, its manifest first: without that it is gone as a whole."""
@@ -77,19 +80,40 @@ class StoreWriter:
                 old.unlink(missing_ok=True)
 
     def flush(self, steps: list[StepRecord], state: State | None, batches: list[Any] | None = None) -> None:
-        """Append a segment: ``steps``, the state after the last of them (None: it cannot be told apart), batches."""
+        """Append a segment: ``steps``, the state after the last of them (None: not to be kept, or torn), batches."""
         start, stop = steps[0].index, steps[-1].index + 1
-        entry = {
-            "start": start,
-            "stop": stop,
-            "steps": FileRef.write(self.folder, f"steps/{start:08d}.safetensors", encode_steps(steps)).to_dict(),
-            "checkpoint": None if state is None else self._checkpoint(state),
-        }
+        files = {"steps": FileRef.write(self.folder, f"steps/{start:08d}.safetensors", encode_steps(steps)).to_dict()}
         if batches is not None:
             name = f"batches/{start:08d}.safetensors"
-            entry["batches"] = FileRef.write(self.folder, name, encode_batches(batches)).to_dict()
-        self._append(entry)
+            files["batches"] = FileRef.write(self.folder, name, encode_batches(batches)).to_dict()
+        self._append_with(state, {"start": start, "stop": stop, **files})
         self._written = stop
+
+    def keep(self, state: State) -> None:
+        """Store the state that the steps written last lead to."""
+        self._append_with(state, {"start": self._written, "stop": self._written, "steps": None})
+
+    def _append_with(self, state: State | None, entry: dict[str, Any]) -> None:
+        """Append a line with a state, if there is one, for which room is made first."""
+        if state is None:
+            self._append({**entry, "checkpoint": None})
+            return
+        encoded = encode_state(state)
+        self._drop(self.thinning.with_room_for(state.step, len(encoded)))
+        written = FileRef.write(self.folder, _checkpoint_name(state.step), encoded)
+        self._append({**entry, "checkpoint": written.to_dict()})
+        self.thinning = self.thinning.holding(state.step, len(encoded))
+
+    def _drop(self, thinned: Thinning) -> None:
+        """Strike states from the journal by a line of its own, then delete them: a kill leaves at most their files."""
+        dropped = sorted(set(self.thinning.kept) - set(thinned.kept))
+        if dropped:
+            at = {"start": self._written, "stop": self._written, "steps": None, "checkpoint": None}
+            self._append({**at, "dropped": dropped})
+            self.thinning = thinned
+            with writing(self.folder):
+                for step in dropped:
+                    (self.folder / _checkpoint_name(step)).unlink(missing_ok=True)
 
     def finish(self, *, complete: bool, reason: str, skipped: list[list[int]]) -> None:
         """The journal's last line: whether the block ended normally or why not, and batches after the last step."""
@@ -100,13 +124,10 @@ class StoreWriter:
         """Give the folder free."""
         self._lock.free()
 
-    def _checkpoint(self, state: State) -> dict[str, Any]:
-        return FileRef.write(self.folder, _checkpoint_name(state), encode_state(state)).to_dict()
-
     def _append(self, entry: dict[str, Any]) -> None:
         assert self._journal is not None
         self._journal.append(entry)
 
 
-def _checkpoint_name(state: State) -> str:
-    return f"checkpoints/{state.step:08d}.safetensors"
+def _checkpoint_name(step: int) -> str:
+    return f"checkpoints/{step:08d}.safetensors"
