@@ -8,9 +8,12 @@ Imports torch and safetensors alone.
 import argparse
 import json
 import os
+import resource
+import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -112,16 +115,22 @@ class Folder:
         return model.eval()
 
     def plain_training(self) -> float:
-        """Seconds of the training loop by itself, on tensors collated beforehand: the unit of every ratio."""
+        """CPU seconds of the training loop by itself, on tensors collated beforehand: the unit of every ratio."""
         collated = [[tensor[ids] for tensor in self.train.tensors] for ids in self.batches]
         model = self.model(0).train()
         optimizer = OPTIMIZERS[self.about.optimizer](model.parameters(), **self.about.options)
-        began = time.perf_counter()
+        began = cpu_seconds()
         for batch in collated:
             optimizer.zero_grad()
             self.loss(model, batch).mean().backward()
             optimizer.step()
-        return time.perf_counter() - began
+        return cpu_seconds() - began
+
+
+def cpu_seconds() -> float:
+    """CPU time of all threads of this process and of the children that it waited for; others' load does not enter."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def write_folder(
@@ -168,16 +177,37 @@ def reset_peak() -> None:
         return
 
 
-_AGAIN = 10.0
+_AGAIN = 3.0
+_TRAININGS = 5
 _SECONDS = itemgetter(1)
 
 
+class _TooSlowError(BaseException):
+    """Not to be caught by a library."""
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Stop what takes more CPU time in this process; Python stops it between two of its own steps."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise _TooSlowError
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.signal(signal.SIGPROF, before)
+
+
 def _timed(method: Callable[[Folder], Answer], folder: Folder) -> tuple[Answer, float, int]:
-    """The answer, its seconds, the rise of the peak of resident memory."""
+    """The answer, its CPU seconds, the rise of the peak of resident memory."""
     reset_peak()
-    before, began = peak_bytes(), time.perf_counter()
+    before, began = peak_bytes(), cpu_seconds()
     answer = method(folder)
-    return answer, time.perf_counter() - began, peak_bytes() - before
+    return answer, cpu_seconds() - began, peak_bytes() - before
 
 
 def work(methods: Mapping[str, Callable[[Folder], Answer]], argv: list[str] | None = None) -> None:
@@ -187,32 +217,37 @@ def work(methods: Mapping[str, Callable[[Folder], Answer]], argv: list[str] | No
     parser.add_argument("method", choices=sorted(methods))
     parser.add_argument("out", type=Path, help="without suffix: .safetensors and .json are written")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=1800.0, help="CPU seconds")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    folder = Folder(options.folder)
+    result = _result(methods[options.method], Folder(options.folder), options.out, options.limit)
+    write_text(options.out.with_suffix(".json"), json.dumps(result, indent=1))
+
+
+def _result(method: Callable[[Folder], Answer], folder: Folder, out: Path, limit: float) -> dict[str, Any]:
     folder.plain_training()  # the first is slower
-    training = [folder.plain_training() for _ in range(3)]
+    training = [folder.plain_training() for _ in range(_TRAININGS)]
     try:
-        answer, seconds, peak = _timed(methods[options.method], folder)
+        with limited(limit):
+            answer, seconds, peak = _timed(method, folder)
         if seconds < _AGAIN:  # the first call also imports and warms up
-            answer, seconds, _ = min((answer, seconds, peak), _timed(methods[options.method], folder), key=_SECONDS)
+            answer, seconds, _ = min((answer, seconds, peak), _timed(method, folder), key=_SECONDS)
     except UnfitError as reason:
-        write_text(options.out.with_suffix(".json"), json.dumps({"status": "unfit", "reason": str(reason)}))
-        return
-    training += [folder.plain_training() for _ in range(3)]
+        return {"status": "unfit", "reason": str(reason)}
+    except _TooSlowError:
+        trainings = limit / statistics.median(training)
+        return {"status": "too slow", "reason": f"stopped after {trainings:.0f} trainings' time ({limit:.0f} s)"}
+    training += [folder.plain_training() for _ in range(_TRAININGS)]
     parts = {"scores": answer.scores, "signal": answer.signal}
     tensors = {name: x.detach().double().contiguous() for name, x in parts.items() if x is not None}
     bad = [name for name, x in tensors.items() if not bool(x.isfinite().all())]
     if bad:
-        write_text(
-            options.out.with_suffix(".json"), json.dumps({"status": "not finite", "reason": f"{bad} not finite"})
-        )
-        return
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, options.out.with_suffix(".safetensors"))
+        return {"status": "not finite", "reason": f"{' and '.join(bad)} not finite"}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out.with_suffix(".safetensors"))
     unit = statistics.median(training)
-    about = {
+    return {
         "status": "ok",
         "seconds": seconds,
         "training_seconds": unit,
@@ -221,4 +256,3 @@ def work(methods: Mapping[str, Callable[[Folder], Answer]], argv: list[str] | No
         "note": answer.note,
         "torch": torch.__version__,
     }
-    write_text(options.out.with_suffix(".json"), json.dumps(about, indent=1))

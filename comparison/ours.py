@@ -1,6 +1,7 @@
 """hydragrad's own methods and baselines: `python -m comparison.ours FOLDER METHOD OUT`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import hydragrad as hg
 from comparison.exchange import Answer, Folder, UnfitError, work
@@ -9,14 +10,14 @@ from hydragrad import baselines
 from hydragrad.signals.along import mean_losses
 
 
-def _attributed(method: str) -> Callable[[Folder], Answer]:
+def _attributed(method: str, **settings: Any) -> Callable[[Folder], Answer]:
     def attributed(folder: Folder) -> Answer:
         try:
-            # unchecked: here the retraining is the comparison's own
-            found = hg.attribute(open_run(folder), folder.queries, method=method, check=False, progress=False)
+            # as a user calls it: its check against retraining is counted
+            found = hg.attribute(open_run(folder), folder.queries, method=method, progress=False, **settings)
         except hg.HydragradError as error:
             raise UnfitError(str(error)) from error
-        return Answer(found.values, note=found.diagnostics.plan)
+        return Answer(found.values, note=f"verdict: {found.diagnostics.verdict}; {found.diagnostics.plan}")
 
     return attributed
 
@@ -30,6 +31,13 @@ def _baseline(method: Callable[..., hg.Attribution], **settings: object) -> Call
         return Answer(found.values, note="; ".join([found.diagnostics.plan, *found.diagnostics.reasons[1:]]))
 
     return scored
+
+
+def _suspects(folder: Folder) -> Answer:
+    if not folder.about.classes:
+        raise UnfitError("compares labels, and there are none")
+    found = hg.mislabels(open_run(folder), progress=False)
+    return Answer(signal=found.score, note=f"the default of hydragrad.mislabels: {found.signal}")
 
 
 def _signal(method: Callable[..., object], **settings: object) -> Callable[[Folder], Answer]:
@@ -54,6 +62,7 @@ METHODS: dict[str, Callable[[Folder], Answer]] = {
     "representer": _baseline(baselines.representer),
     "relatif-l": _baseline(baselines.relatif, kind="l", iterations=20),
     "relatif-theta": _baseline(baselines.relatif, kind="theta", iterations=20),
+    "el2n": _suspects,
     "mean-loss": _signal(mean_losses),
     "tracin-self": _signal(baselines.tracin_self),
 }

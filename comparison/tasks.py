@@ -154,7 +154,7 @@ TASKS = {
         ),
         Spec(
             "cifar-batchnorm", "batchnorm-cnn", "classification", "sgd", {"lr": 0.01, "momentum": 0.9}, 64, 5,
-            _images("cifar10_6k.npz", 2000), 10, removed=24, subsets=16,
+            _images("cifar10_6k.npz", 1000), 10, removed=24, subsets=16,
         ),
         Spec(
             "moby-transformer", "transformer", "next-character", "adamw", {"lr": 3e-3, "weight_decay": 0.01}, 32, 8,

@@ -13,7 +13,7 @@ from comparison.tasks import Spec
 from hydragrad.retraining.measuring import losses_at
 
 FRACTIONS = (0.01, 0.1, 0.3)
-_SAVED_EVERY = 20
+_SAVED_EVERY = 5
 
 
 def open_run(folder: Folder) -> hg.Run:

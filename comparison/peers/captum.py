@@ -58,11 +58,9 @@ def arnoldi(folder: Folder) -> Answer:
         folder.model(),
         checkpoint=str(folder.about.checkpoints[-1]),
         sample_wise_grads_per_batch=True,
-        projection_dim=50,
-        arnoldi_dim=100,
         **settings,
     )
-    return _answer(folder, made, "projected to 50 of 100 Arnoldi vectors")
+    return _answer(folder, made, "projected to 50 of 200 Arnoldi vectors")
 
 
 METHODS = {"captum-tracin": tracin, "captum-tracin-fast": tracin_fast, "captum-arnoldi": arnoldi}

@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 
 import tempfile
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,10 +34,10 @@ class _Losses(Task):
         return self.compute_train_loss(batch, model)
 
 
-def ekfac(folder: Folder) -> Answer:
+def ekfac(folder: Folder, damping: float | None, note: str) -> Answer:
     task = _Losses(folder)
     model = prepare_model(folder.model(), task)
-    damped = ScoreArguments(damping_factor=None)  # its paper's heuristic; the default, 1e-8, is as good as none
+    damped = ScoreArguments(damping_factor=damping)
     with tempfile.TemporaryDirectory() as scratch:
         analyzer = Analyzer("run", model, task, cpu=True, output_dir=scratch, disable_tqdm=True)
         analyzer.fit_all_factors(
@@ -66,12 +67,13 @@ def ekfac(folder: Folder) -> Answer:
         selves = analyzer.load_self_scores("selves")
     assert scores is not None
     assert selves is not None
-    return Answer(
-        scores["all_modules"].T.clone(), selves["all_modules"].clone(), "damping: a tenth of the mean eigenvalue"
-    )
+    return Answer(scores["all_modules"].T.clone(), selves["all_modules"].clone(), note)
 
 
-METHODS = {"kronfluence-ekfac": ekfac}
+METHODS = {
+    "kronfluence-ekfac": partial(ekfac, damping=1e-8, note="its default damping, 1e-8"),
+    "kronfluence-ekfac-damped": partial(ekfac, damping=None, note="damping: a tenth of the mean eigenvalue"),
+}
 
 if __name__ == "__main__":
     work(METHODS)

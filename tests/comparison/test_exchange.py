@@ -1,6 +1,11 @@
 """A tiny task through the whole harness: recorded, exchanged, retrained, scored by a worker, tabulated."""
 
 import json
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from comparison import table as tables
-from comparison.exchange import Answer, Folder, UnfitError, work
+from comparison.exchange import Answer, Folder, UnfitError, cpu_seconds, work
 from comparison.measures import predictions
 from comparison.tasks import TASKS
 from comparison.truth import open_run, truth_of
@@ -116,3 +121,42 @@ def test_the_worker_program_measures_what_ours_answer(folder, tmp_path):
     work({"exact": METHODS["exact"]}, [str(folder.path), "exact", str(tmp_path / "exact")])
     found = predictions(load_file(tmp_path / "exact.safetensors")["scores"], truth_of(folder, SPEC), SPEC)
     assert found["loo"] > 0.9
+
+
+def test_time_is_that_of_all_threads_and_of_children():
+    def burn(seconds: float) -> None:
+        began = time.thread_time()
+        while time.thread_time() - began < seconds:
+            pass
+
+    began = cpu_seconds()
+    threads = [threading.Thread(target=burn, args=(0.15,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    in_threads = cpu_seconds() - began
+    code = "import time\nwhile time.process_time() < 0.4: pass"
+    began = cpu_seconds()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    in_child = cpu_seconds() - began
+    began = cpu_seconds()
+    time.sleep(0.3)
+    asleep = cpu_seconds() - began
+    assert in_threads >= 0.3
+    assert in_child >= 0.4
+    assert asleep < 0.1
+
+
+def test_what_is_too_slow_is_stopped_and_says_after_how_many_trainings(folder, tmp_path):
+    def endless(folder: Folder) -> Answer:
+        while True:
+            pass
+
+    began = time.process_time()
+    work({"endless": endless}, [str(folder.path), "endless", str(tmp_path / "endless"), "--limit", "0.3"])
+    about = json.loads((tmp_path / "endless.json").read_text())
+    assert about["status"] == "too slow"
+    assert about["reason"].startswith("stopped after ")
+    assert time.process_time() - began < 5.0
+    assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
