@@ -82,7 +82,9 @@ def _objective(recipe: Recipe, model: Callable[..., Tensor], ids: Sequence[int],
     """`reduce_i((1 + eps_i) loss_i)` of one micro-batch."""
     batch = _collate(recipe.samples, ids)
     losses = recipe.loss(model, batch)
-    weights = (1 + eps[list(ids)]).view(-1, *[1] * (losses.ndim - 1))
+    given = eps[list(ids)]
+    given = given[:, : losses.shape[1]] if given.ndim == 2 else given.view(-1, *[1] * (losses.ndim - 1))
+    weights = 1 + given
     if callable(recipe.reduction):
         return (torch.as_tensor(recipe.reduction(batch, losses.shape)) * weights * losses).sum()
     return (weights * losses).sum() / (losses.numel() if recipe.reduction == "mean" else 1)
@@ -110,7 +112,7 @@ def _clipped(gradients: dict[str, Tensor], clips: float | Sequence[Clip] | None)
 
 @dataclass(frozen=True)
 class Unrolled:
-    """The run as one graph in `eps` `[T, N]` (one weight per step and example)."""
+    """The run as one graph in `eps` `[T, N]` (one weight per step and example), or `[T, N, L]` (and token)."""
 
     recipe: Recipe
     model: nn.Module
@@ -131,7 +133,7 @@ class Unrolled:
         return values.reshape(values.shape[0], -1).sum(1)
 
     def scores_by_step(self, queries: Sequence[Any], measure: Callable | None = None, t: int = -1) -> Tensor:
-        """`-d m_j / d eps[t, i]`, `[T, N, M]`."""
+        """`-d m_j / d eps[t, i]`, `[T, N, M]` (or `[T, N, L, M]`)."""
         values = self.measurements(queries, measure, t)
         columns = [torch.autograd.grad(m, self.eps, retain_graph=True)[0] for m in values]
         return -torch.stack(columns, dim=-1)
@@ -148,10 +150,11 @@ class Unrolled:
         return torch.stack([torch.autograd.grad(pulled[:, i].sum(), dual, retain_graph=True)[0] for i in examples])
 
 
-def unroll(recipe: Recipe, create_graph: bool = True) -> Unrolled:
+def unroll(recipe: Recipe, create_graph: bool = True, tokens: int | None = None) -> Unrolled:
     """Train by plain autograd, keeping the whole graph. Memory O(T P): tiny models only."""
     model = differentiable(recipe.model)
-    eps = torch.zeros(len(recipe.steps), len(recipe.samples), dtype=torch.float64, requires_grad=create_graph)
+    shape = [len(recipe.steps), len(recipe.samples), *([] if tokens is None else [tokens])]
+    eps = torch.zeros(shape, dtype=torch.float64, requires_grad=create_graph)
     w = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
     v = {name: b.detach().clone() for name, b in model.named_buffers()}
     state: dict[str, Any] = {}

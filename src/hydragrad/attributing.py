@@ -14,12 +14,14 @@ from hydragrad.attribution import Attribution
 from hydragrad.checks import Checks, finite_differences, judge
 from hydragrad.derivatives import derivative_error
 from hydragrad.diagnostics import Diagnostics
+from hydragrad.errors import MismatchError, message
 from hydragrad.hypergradient.engines import check_method
 from hydragrad.hypergradient.pages import kept_pages
 from hydragrad.hypergradient.queries import Columns, Queries
 from hydragrad.hypergradient.reverse import direction_of, hessian_free_sweep, reverse_sweep, start
 from hydragrad.hypergradient.scaled import ScaledEngine
 from hydragrad.hypergradient.sweeping import Sweep
+from hydragrad.hypergradient.tokens import longest
 from hydragrad.hypergradient.watch import Watch
 from hydragrad.planning import Plan, plan_sweep
 from hydragrad.resuming import Piece, Pieces, digest, qualified, summary
@@ -43,6 +45,7 @@ def attribute(
     groups: Tensor | Sequence[int] | None = None,
     by_epoch: bool = False,
     train: Tensor | Sequence[int] | None = None,
+    tokens: bool = False,
     step: int | None = None,
     memory: int | None = None,
     block: int | None = None,
@@ -60,6 +63,7 @@ def attribute(
     "gauss-newton" (J^T H J), "hessian-free" (0, the paper's approximation); ``measurement(model, batch) -> [m]``: what
     is asked (default: the loss); ``aggregate``: "mean", "sum" or a group per query; ``groups``: a group per training
     example, whose scores are summed ([G, M]); ``by_epoch``: keep epochs apart ([E, N, M]); ``train``: rows wanted;
+    ``tokens``: keep the tokens of a loss [b, L] apart ([N, L, M]; 0 where a batch had fewer; their sums are [N, M]);
     ``step``: ask the model of that step; ``memory``: bytes above training's; ``block``, ``compile``: see ``plan``;
     ``check``: compare with retraining (four replays) under ``seed``; ``progress``: show a bar; ``resume``: a folder in
     which finished blocks of queries are kept: the same call, made again after a kill, goes on from there and ends bit
@@ -70,9 +74,9 @@ def attribute(
     """
     began = time.perf_counter()
     check_method(method)
-    sweep = Sweep.of(run, step)
+    sweep = Sweep.of(run, step, tokens=tokens)
     wanted = _Wanted.of(sweep, method, queries, measurement, aggregate, Rows.make(run, groups, train))
-    scores = Scores(run, sweep.stop, wanted.rows, wanted.columns.count, by_epoch, sweep.dtype)
+    scores = wanted.scores(by_epoch, groups is not None)
     question = wanted.question(measurement, by_epoch, block, compile) if resume else {}
     with kept_random_state(), kept_pages(), Pieces(resume, question) if resume else nullcontext() as pieces:
         plan = plan_sweep(
@@ -91,8 +95,8 @@ def attribute(
         checks = _check(wanted, scores, plan, watch, seed) if check else Checks()
     seconds = time.perf_counter() - began
     diagnostics = _diagnose(wanted, plan, watch, checks, seconds, seconds - swept if check else 0.0, seed)
-    values = scores.values if by_epoch else scores.values[0]
-    return Attribution(values, wanted.rows.ids, torch.arange(wanted.columns.count), method, diagnostics)
+    ids = torch.arange(wanted.columns.count)
+    return Attribution(scores.result(), wanted.rows.ids, ids, method, diagnostics, tokens)
 
 
 @final
@@ -121,6 +125,18 @@ class _Wanted:
         columns = Columns.make(aggregate if named else torch.as_tensor(aggregate), asked.count)
         return _Wanted(sweep, method, asked, columns, rows)
 
+    def scores(self, by_epoch: bool, grouped: bool) -> Scores:
+        """Zeros for the result, with an axis of tokens if the sweep tells them apart."""
+        sweep, length = self.sweep, 0
+        if sweep.tokens and grouped:
+            raise MismatchError(
+                message("groups and tokens together", remedy="sum the scores of the tokens over groups yourself")
+            )
+        if sweep.tokens:
+            with kept_random_state():
+                length = longest(sweep)
+        return Scores(sweep.run, sweep.stop, self.rows, self.columns.count, by_epoch, sweep.dtype, length)
+
     def question(
         self, measurement: Callable[..., Any] | None, by_epoch: bool, block: int | None, compile: bool | None
     ) -> dict[str, Any]:
@@ -137,6 +153,7 @@ class _Wanted:
             "measured": measured,
             "rows (groups or train)": digest(self.rows.of, self.rows.ids),
             "by_epoch": by_epoch,
+            "tokens": self.sweep.tokens,
             "block": block,
             "compile": compile,
             "dtype": str(self.sweep.dtype),
@@ -147,7 +164,7 @@ class _Wanted:
 
 def _check(wanted: _Wanted, scores: Scores, plan: Plan, watch: Watch, seed: int) -> Checks:
     """The ladder of retraining, the error of torch's own derivatives on one batch, a step repeated if any drifted."""
-    sweep, total = wanted.sweep, scores.values.sum(0)
+    sweep, total = wanted.sweep, scores.total()
     drifted = min((step for step, drift in watch.drift.items() if drift), default=None)
     return Checks(
         derivatives=derivative_error(sweep.objective, plan.chosen.point, wanted.method),

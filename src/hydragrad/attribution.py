@@ -34,6 +34,14 @@ class Ranked(NamedTuple):
     score: float
 
 
+class RankedToken(NamedTuple):
+    """One row of ``Attribution.top_tokens``: a training example, the token of it, and its score."""
+
+    id: int
+    token: int
+    score: float
+
+
 @final
 @dataclass(frozen=True)
 class Attribution:
@@ -42,24 +50,29 @@ class Attribution:
         values[i, j] = - d m_j / d eps_i
 
     to first order the amount by which measurement m_j RISES if example i is removed from the whole run. Positive: the
-    example helped query j; negative: it harmed. [N, M]; with ``by_epoch`` [E, N, M]; on the CPU, in the run's dtype.
+    example helped query j; negative: it harmed. [N, M]; with ``by_epoch`` [E, N, M]; with ``tokens`` [N, L, M] (or
+    [E, N, L, M]): token by token, 0 beyond the end of a short batch; on the CPU, in the run's dtype.
     ``train_ids`` [N]: positions in the training data (or group numbers); ``query_ids`` [M]: positions among the
     queries (or query groups). Source: HYDRA, arXiv 2102.02515, whose eps is scaled by 1/N.
 
     Example: ``scores.top(query=3, k=10)``.
     """
 
-    values: Float[Tensor, "*epochs N M"]
+    values: Float[Tensor, "*axes M"]
     train_ids: Int[Tensor, " N"]
     query_ids: Int[Tensor, " M"]
     method: str
     diagnostics: Diagnostics
+    tokens: bool = False
 
     def __post_init__(self) -> None:
-        expected = (len(self.train_ids), len(self.query_ids))
-        if tuple(self.values.shape[-2:]) != expected or self.values.dim() not in (2, 3):
+        expected, shape = (len(self.train_ids), len(self.query_ids)), self.values.shape
+        axes = shape[:-2] + shape[-1:] if self.tokens else shape
+        if tuple(axes[-2:]) != expected or len(axes) not in (2, 3):
             raise MismatchError(
-                message("values do not fit their axes", expected=list(expected), got=list(self.values.shape))
+                message(
+                    "values do not fit train_ids and query_ids", expected=list(expected), got=list(self.values.shape)
+                )
             )
 
     def __repr__(self) -> str:
@@ -68,8 +81,9 @@ class Attribution:
 
     @property
     def total(self) -> Float[Tensor, "N M"]:
-        """``values`` summed over epochs, [N, M]."""
-        return self.values.sum(0) if self.values.dim() == 3 else self.values
+        """``values`` summed over epochs and tokens, [N, M]."""
+        values = self.values.sum(-2) if self.tokens else self.values
+        return values.sum(0) if values.dim() == 3 else values
 
     def top(self, query: int, k: int = 10, *, largest: bool = True) -> list[Ranked]:
         """The k most helpful training examples for ``query`` (one of ``query_ids``); ``largest=False``: harmful."""
@@ -78,26 +92,41 @@ class Attribution:
         order = column.sort(descending=largest, stable=True).indices[:k]
         return [Ranked(int(self.train_ids[row]), float(column[row])) for row in order]
 
+    def top_tokens(self, query: int, k: int = 10, *, largest: bool = True) -> list[RankedToken]:
+        """The k most helpful tokens for ``query``, of scores with ``tokens``; ``largest=False``: harmful."""
+        if not self.tokens:
+            raise MismatchError(
+                message("the tokens were summed", expected="scores per token", remedy="attribute(..., tokens=True)")
+            )
+        column = self.values[..., self._column(query)]
+        column = column.sum(0) if column.dim() == 3 else column
+        order = column.flatten().sort(descending=largest, stable=True).indices[: max(k, 0)]
+        places = [divmod(int(place), column.shape[1]) for place in order]
+        return [RankedToken(int(self.train_ids[row]), token, float(column[row, token])) for row, token in places]
+
     def to_pandas(self) -> "pandas.DataFrame":
-        """A table: rows ``train_ids``, columns ``query_ids``; with epochs, rows are (epoch, train id)."""
+        """A table: rows ``train_ids``, columns ``query_ids``; with epochs or tokens, rows are (epoch, train, token)."""
         try:
             import pandas
         except ImportError as error:
             raise ImportError("to_pandas() needs pandas: pip install 'hydragrad[pandas]'") from error
         columns = pandas.Index(self.query_ids.tolist(), name="query")
         rows = pandas.Index(self.train_ids.tolist(), name="train")
-        if self.values.dim() == 2:
-            return pandas.DataFrame(self.values.numpy(), index=rows, columns=columns)
-        tables = {
-            epoch: pandas.DataFrame(v.numpy(), index=rows, columns=columns) for epoch, v in enumerate(self.values)
-        }
-        return pandas.concat(tables, names=["epoch", "train"])  # pyright: ignore
+        values = self.values
+        if self.tokens:
+            positions = pandas.RangeIndex(values.shape[-2], name="token")
+            rows, values = pandas.MultiIndex.from_product([rows, positions]), values.flatten(-3, -2)
+        if values.dim() == 2:
+            return pandas.DataFrame(values.numpy(), index=rows, columns=columns)
+        tables = {epoch: pandas.DataFrame(v.numpy(), index=rows, columns=columns) for epoch, v in enumerate(values)}
+        return pandas.concat(tables, names=["epoch"])  # pyright: ignore
 
     def save(self, path: str | Path) -> Path:
         """Write to one safetensors file, atomically; returns its path. A StoreError leaves an old file whole."""
         path = Path(path)
         tensors = {"values": self.values, "train_ids": self.train_ids, "query_ids": self.query_ids}
         about = {"format": _FORMAT, "method": self.method, "diagnostics": self.diagnostics.to_dict()}
+        about |= {"tokens": True} if self.tokens else {}
         seal = _seal(about, tensors)
         write_atomically(path, save_tensors(tensors, {"attribution": about, "sha256": seal}))
         return path
@@ -123,7 +152,10 @@ class Attribution:
             raise StoreError(broken_file(path, "was altered", "the hash of its content", str(tables.get("sha256"))))
         with reading(path):
             return Attribution(
-                **tensors, method=about["method"], diagnostics=Diagnostics.from_dict(about["diagnostics"])
+                **tensors,
+                method=about["method"],
+                diagnostics=Diagnostics.from_dict(about["diagnostics"]),
+                tokens=about.get("tokens", False),
             )
 
     def __iter__(self) -> Iterator[Tensor]:

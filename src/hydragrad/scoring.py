@@ -40,15 +40,20 @@ class Rows:
 
 @final
 class Scores:
-    """The result in the making, [E or 1, R, M]; while a sweep lasts, its columns are kept on the device."""
+    """The result in the making, [E or 1, R, M]; while a sweep lasts, its columns are kept on the device.
 
-    def __init__(self, run: Run, stop: int, rows: Rows, columns: int, by_epoch: bool, dtype: torch.dtype) -> None:
+    ``tokens`` L: every row is L rows, one for each token, [E or 1, R L, M]; 0: the terms of tokens are summed.
+    """
+
+    def __init__(
+        self, run: Run, stop: int, rows: Rows, columns: int, by_epoch: bool, dtype: torch.dtype, tokens: int = 0
+    ) -> None:
         last = max(max(record.epochs or (record.epoch,)) for record in run.steps[:stop])
         epochs = last + 1 if by_epoch else 1
-        self.by_epoch = by_epoch
+        self.by_epoch, self.tokens = by_epoch, tokens
         self.rows = rows
-        self.values = torch.zeros(epochs, len(rows.ids), columns, dtype=dtype)
-        self.height = epochs * len(rows.ids)
+        self.values = torch.zeros(epochs, len(rows.ids) * max(tokens, 1), columns, dtype=dtype)
+        self.height = epochs * self.values.shape[1]
         self._open: Tensor | None = None
 
     def open(self, columns: slice, device: torch.device) -> None:
@@ -58,15 +63,28 @@ class Scores:
         self._open = self.values if direct else self.values.new_zeros(*self.values.shape[:2], width, device=device)
 
     def add(self, ids: Tensor, chosen: slice, terms: Tensor, epoch: int) -> None:
-        """Subtract terms [k, b] (summed over tokens) from the rows of ``ids``."""
+        """Subtract terms [k, b] or [k, b, L] from the rows of ``ids``, tokens summed unless they are told apart."""
         assert self._open is not None
-        terms = terms.flatten(2).sum(2) if terms.dim() > 2 else terms
+        assert terms.dim() == 3 or not self.tokens
+        terms = terms.flatten(2).sum(2) if terms.dim() > 2 and not self.tokens else terms
         target = self._open[epoch if self.by_epoch else 0]
         at = ids if self.rows.whole else self.rows.of[ids]
         if not self.rows.whole and bool((at < 0).any()):
             kept = at >= 0
             at, terms = at[kept], terms[:, kept.to(terms.device)]
+        if self.tokens:
+            at = (at[:, None] * self.tokens + torch.arange(terms.shape[2])).flatten()
+            terms = terms.flatten(1)
         target[:, chosen].index_add_(0, at.to(target.device), terms.T, alpha=-1)
+
+    def total(self) -> Tensor:
+        """Summed over epochs and tokens, [R, M]."""
+        return self.values.sum(0).unflatten(0, (len(self.rows.ids), -1)).sum(1)
+
+    def result(self) -> Tensor:
+        """With the axes that were asked for: [N, M], [E, N, M], [N, L, M] or [E, N, L, M]."""
+        values = self.values.unflatten(1, (-1, self.tokens)) if self.tokens else self.values
+        return values if self.by_epoch else values[0]
 
     def part(self, columns: slice) -> Tensor:
         """The scores of these columns, as a view."""
@@ -80,7 +98,7 @@ class Scores:
         self._open = None
         bad = (~self.values[:, :, columns].isfinite()).nonzero()
         if len(bad):
-            row, column = int(self.rows.ids[bad[0, 1]]), columns.start + int(bad[0, 2])
+            row, column = int(self.rows.ids[bad[0, 1] // max(self.tokens, 1)]), columns.start + int(bad[0, 2])
             raise NonFiniteError(
                 message(
                     "the scores are not finite",

@@ -43,7 +43,7 @@ class Search:
     def __init__(self, sweep: Sweep, point: Point, method: str, memo: dict[Any, Any]) -> None:
         self.objective, self.point, self.method = sweep.objective, point, method
         self.device, self.steps = sweep.replayer.device, sweep.stop
-        self.elementwise = sweep.elementwise
+        self.elementwise, self.tokens = sweep.elementwise, sweep.tokens
         # graphs hold for their objective: an earlier step= may have had other parameters or buffers
         objective = (self.objective.names, self.objective.carried, self.objective.counters)
         self.graphs: dict[Any, Any] = sweep.run.memo.setdefault(("graphs", *objective), {})
@@ -75,7 +75,7 @@ class Search:
         wide = self.fixed or self._balanced(_WIDEST)
         coupled = self.point.carried or self.point.draws
         if self.queries >= _FEW and not coupled:
-            if self.method == "hessian-free" and self.elementwise:
+            if self.method == "hessian-free" and self.elementwise and not self.tokens:
                 yield self._kept("per-example", lambda: PerExampleGradients(self.objective)), wide
             if self.method == "gauss-newton" and self.objective.problem.penalty is None:
                 jacobian = self._kept("output-jacobian", lambda: OutputJacobian(self.objective))

@@ -29,9 +29,11 @@ class Sweep:
     replayer: Replayer
     objective: Objective
     optimizer: OptimizerMap
+    tokens: bool = False
+    """Whether the terms of tokens are to be told apart, which not every engine does."""
 
     @staticmethod
-    def of(run: Run, step: int | None = None) -> "Sweep":
+    def of(run: Run, step: int | None = None, *, tokens: bool = False) -> "Sweep":
         """Raises UnsupportedError for what cannot be differentiated (yet), naming it."""
         stop = run.num_steps if step is None else step
         manifest = run.trajectory.manifest
@@ -55,7 +57,12 @@ class Sweep:
         objective: Objective = run.memo[key]
         objective.follow_modes(manifest.modes)
         sweep = Sweep(
-            run, stop, replayer, objective, OptimizerMap(update_for(manifest.optimizer["class"]), trained, groups)
+            run,
+            stop,
+            replayer,
+            objective,
+            OptimizerMap(update_for(manifest.optimizer["class"]), trained, groups),
+            tokens,
         )
         sweep._refuse()
         return sweep
