@@ -49,6 +49,7 @@ def _signal(method: Callable[..., object], **settings: object) -> Callable[[Fold
 
 METHODS: dict[str, Callable[[Folder], Answer]] = {
     "exact": _attributed("exact"),
+    "smoothed": _attributed("exact", smoothing=16),
     "gauss-newton": _attributed("gauss-newton"),
     "hessian-free": _attributed("hessian-free"),
     "influence-cg": _baseline(baselines.influence, iterations=20),

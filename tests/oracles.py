@@ -46,6 +46,7 @@ class Recipe:
     one after the other.
     `penalty(parameters by name)` is added to every step's objective.
     `modes(model, t)` may change modules' modes before step t, which starts from `model.train()`.
+    `weights` `[N]`: example i's loss counts `weights[i] + eps_i` times; 1 unless given.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class Recipe:
     clip: "float | Sequence[Clip] | None" = None
     modes: Callable[[nn.Module, int], None] = lambda model, t: None
     penalty: Callable[[Mapping[str, Tensor]], Tensor] = lambda params: torch.zeros(())
+    weights: Tensor | None = None
 
     def hyper(self, t: int) -> dict[str, dict[str, Any]]:
         """The full hyperparameters of each parameter at step t."""
@@ -79,12 +81,12 @@ def _bind(model: nn.Module, values: Tensors) -> Callable[..., Tensor]:
 
 
 def _objective(recipe: Recipe, model: Callable[..., Tensor], ids: Sequence[int], eps: Tensor) -> Tensor:
-    """`reduce_i((1 + eps_i) loss_i)` of one micro-batch."""
+    """`reduce_i((w_i + eps_i) loss_i)` of one micro-batch."""
     batch = _collate(recipe.samples, ids)
     losses = recipe.loss(model, batch)
     given = eps[list(ids)]
     given = given[:, : losses.shape[1]] if given.ndim == 2 else given.view(-1, *[1] * (losses.ndim - 1))
-    weights = 1 + given
+    weights = given + (1 if recipe.weights is None else recipe.weights[list(ids)].view(-1, *[1] * (losses.ndim - 1)))
     if callable(recipe.reduction):
         return (torch.as_tensor(recipe.reduction(batch, losses.shape)) * weights * losses).sum()
     return (weights * losses).sum() / (losses.numel() if recipe.reduction == "mean" else 1)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from hydragrad.attribution import Attribution
 from hydragrad.checks import Checks, finite_differences, judge
 from hydragrad.derivatives import derivative_error
-from hydragrad.diagnostics import Diagnostics
+from hydragrad.diagnostics import Diagnostics, Smoothing
 from hydragrad.errors import MismatchError, message
 from hydragrad.hypergradient.engines import check_method
 from hydragrad.hypergradient.pages import kept_pages
 from hydragrad.hypergradient.queries import Columns, Queries
 from hydragrad.hypergradient.reverse import direction_of, hessian_free_sweep, reverse_sweep, start
 from hydragrad.hypergradient.scaled import ScaledEngine
-from hydragrad.hypergradient.sweeping import Sweep
+from hydragrad.hypergradient.sweeping import Sweep, Way
 from hydragrad.hypergradient.tokens import longest
 from hydragrad.hypergradient.watch import Watch
 from hydragrad.planning import Plan, plan_sweep
 from hydragrad.resuming import Piece, Pieces, digest, qualified, summary
 from hydragrad.run import Run, kept_random_state
 from hydragrad.scoring import Rows, Scores
+from hydragrad.smoothing import FRACTION, Runs, proved
 from hydragrad.trajectory.moments import Backwards
-from hydragrad.trajectory.state import State
 from hydragrad.verification import repeated_step
 
 DRIFT = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -54,6 +54,9 @@ def attribute(
     seed: int = 0,
     progress: bool = True,
     resume: str | Path | None = None,
+    smoothing: int | None = None,
+    fraction: float = FRACTION,
+    weights: Tensor | None = None,
 ) -> Attribution:
     """Scores of every training example for every query, by one reverse sweep over the recorded run.
 
@@ -67,7 +70,9 @@ def attribute(
     ``step``: ask the model of that step; ``memory``: bytes above training's; ``block``, ``compile``: see ``plan``;
     ``check``: compare with retraining (four replays) under ``seed``; ``progress``: show a bar; ``resume``: a folder in
     which finished blocks of queries are kept: the same call, made again after a kill, goes on from there and ends bit
-    for bit as it would have (another question in that folder is refused, and the difference named).
+    for bit as it would have (another question in that folder is refused, and the difference named); ``smoothing``: the
+    mean of the scores of so many reweighted runs in place of the recorded one, each without a random ``fraction`` of
+    the examples (under ``seed``), for questions about parts of that size; ``weights`` [N]: the scores of one such run.
 
     Raises MismatchError, UnsupportedError, NonFiniteError, StoreError (``resume``). Source: HYDRA, arXiv 2102.02515.
     Example: ``hydragrad.attribute(run, test_set).top(query=3, k=10)``.
@@ -75,7 +80,8 @@ def attribute(
     began = time.perf_counter()
     check_method(method)
     sweep = Sweep.of(run, step, tokens=tokens)
-    wanted = _Wanted.of(sweep, method, queries, measurement, aggregate, Rows.make(run, groups, train))
+    runs = Runs.of(run.num_examples, smoothing, fraction, weights, seed)
+    wanted = _Wanted.of(sweep, method, queries, measurement, aggregate, Rows.make(run, groups, train), runs)
     scores = wanted.scores(by_epoch, groups is not None)
     question = wanted.question(measurement, by_epoch, block, compile) if resume else {}
     with kept_random_state(), kept_pages(), Pieces(resume, question) if resume else nullcontext() as pieces:
@@ -89,10 +95,14 @@ def attribute(
             compile=compile,
             pieces=pieces is not None,
             again=pieces.plan if pieces is not None else None,
+            reweighted=len(runs),
         )
         watch = _sweep(wanted, scores, plan, progress, pieces)
         swept = time.perf_counter() - began
-        checks = _check(wanted, scores, plan, watch, seed) if check else Checks()
+        smoothed = None if runs.fraction is None else Smoothing(len(runs), runs.fraction, scores.spread)
+        checks = Checks(smoothing=smoothed)
+        if check:
+            checks = _check(wanted, scores, plan, watch, checks, seed, progress)
     seconds = time.perf_counter() - began
     diagnostics = _diagnose(wanted, plan, watch, checks, seconds, seconds - swept if check else 0.0, seed)
     ids = torch.arange(wanted.columns.count)
@@ -102,16 +112,19 @@ def attribute(
 @final
 @dataclass(frozen=True)
 class _Wanted:
-    """What one call asks: of a run ready for sweeps, by a method, for these queries, columns and rows."""
+    """What one call asks: of a run ready for sweeps (or others near it), by a method, for these queries and rows."""
 
     sweep: Sweep
     method: str
     queries: Queries
     columns: Columns
     rows: Rows
+    runs: Runs
 
     @staticmethod
-    def of(sweep: Sweep, method: str, queries: Any, measurement: Any, aggregate: Any, rows: Rows) -> "_Wanted":
+    def of(
+        sweep: Sweep, method: str, queries: Any, measurement: Any, aggregate: Any, rows: Rows, runs: Runs
+    ) -> "_Wanted":
         asked = Queries(
             sweep.run.problem,
             queries,
@@ -123,7 +136,7 @@ class _Wanted:
         )
         named = isinstance(aggregate, str) or aggregate is None
         columns = Columns.make(aggregate if named else torch.as_tensor(aggregate), asked.count)
-        return _Wanted(sweep, method, asked, columns, rows)
+        return _Wanted(sweep, method, asked, columns, rows, runs)
 
     def scores(self, by_epoch: bool, grouped: bool) -> Scores:
         """Zeros for the result, with an axis of tokens if the sweep tells them apart."""
@@ -135,7 +148,8 @@ class _Wanted:
         if sweep.tokens:
             with kept_random_state():
                 length = longest(sweep)
-        return Scores(sweep.run, sweep.stop, self.rows, self.columns.count, by_epoch, sweep.dtype, length)
+        runs, columns = max(1, len(self.runs)), self.columns.count
+        return Scores(sweep.run, sweep.stop, self.rows, columns, by_epoch, sweep.dtype, length, runs)
 
     def question(
         self, measurement: Callable[..., Any] | None, by_epoch: bool, block: int | None, compile: bool | None
@@ -143,7 +157,8 @@ class _Wanted:
         """What tells one call of ``attribute`` from another, by name, in plain values."""
         with kept_random_state():
             measured = summary(self.queries.values(self.sweep.end()))
-        return {
+        weights = {} if self.runs.weights is None else {"weights (smoothing)": digest(self.runs.weights)}
+        return weights | {
             "run": self.sweep.run.trajectory.identity,
             "step": self.sweep.stop,
             "method": self.method,
@@ -162,15 +177,24 @@ class _Wanted:
         }
 
 
-def _check(wanted: _Wanted, scores: Scores, plan: Plan, watch: Watch, seed: int) -> Checks:
-    """The ladder of retraining, the error of torch's own derivatives on one batch, a step repeated if any drifted."""
-    sweep, total = wanted.sweep, scores.total()
+def _check(
+    wanted: _Wanted, scores: Scores, plan: Plan, watch: Watch, known: Checks, seed: int, progress: bool
+) -> Checks:
+    """Retraining, the error of torch's own derivatives on one batch, a step repeated if any drifted.
+
+    Scores of one run face a ladder of small and whole removals there; means over several, what they are meant for.
+    """
+    sweep, weights, total = wanted.sweep, wanted.runs.weights, scores.total()
     drifted = min((step for step, drift in watch.drift.items() if drift), default=None)
-    return Checks(
+    checks = replace(
+        known,
         derivatives=derivative_error(sweep.objective, plan.chosen.point, wanted.method),
-        found=finite_differences(sweep.run, wanted.queries, wanted.columns, total, wanted.rows.of, sweep.stop, seed),
         unsteady=None if drifted is None else repeated_step(sweep.run, sweep.run.trajectory.nearest(drifted - 1)),
     )
+    given = (sweep.run, wanted.queries, wanted.columns, total, wanted.rows.of, sweep.stop, seed)
+    if known.smoothing is not None and known.smoothing.fraction:
+        return replace(checks, smoothing=proved(known.smoothing, *given, progress))
+    return replace(checks, found=finite_differences(*given, None if weights is None else weights[0]))
 
 
 def _diagnose(
@@ -204,44 +228,55 @@ def _diagnose(
         drift_by_checkpoint=tuple(sorted(watch.drift.items())),
         range=found.range if found else None,
         nondeterminism=str(checks.unsteady or ""),
+        smoothing=checks.smoothing,
     )
 
 
 def _sweep(wanted: _Wanted, scores: Scores, plan: Plan, progress: bool, pieces: Pieces | None) -> Watch:
-    """Sweep back once for every block of queries that the plan carries together, or that no earlier call finished."""
-    sweep, columns = wanted.sweep, wanted.columns
+    """Sweep back over every run once for every block of queries that the plan carries together.
+
+    What an earlier call finished is taken from its pieces, which count the columns of all runs in a row.
+    """
+    sweep, columns = wanted.sweep, wanted.columns.count
     if pieces is not None:
         pieces.begin(plan.fixed)
-    watch = Watch(sweep.stop, plan.sweeps, sweep.objective.names, progress)
-    end = sweep.end()
-    with watch.bar, sweep.objective.differentiable():
-        for first in range(0, columns.count, plan.carried):
-            chosen = slice(first, min(first + plan.carried, columns.count))
-            piece = pieces.load(chosen, scores.part(chosen)) if pieces is not None else None
-            if piece is not None:
-                scores.part(chosen).copy_(piece.values)
-                watch.skip(sweep.stop, piece.growths, piece.drift)
-                continue
-            _sweep_block(wanted, scores, plan, watch, end, chosen)
-            if pieces is not None:
-                pieces.save(chosen, Piece(scores.part(chosen), watch.growths, watch.drift))
+    watch = Watch(sweep.stop, plan.sweeps + plan.reweighted, sweep.objective.names, progress)
+    with watch.bar:
+        for number, weights in enumerate(wanted.runs):
+            way: Way | None = None
+            for first in range(0, columns, plan.carried):
+                chosen = slice(first, min(first + plan.carried, columns))
+                place = slice(chosen.start + number * columns, chosen.stop + number * columns)
+                piece = pieces.load(place, scores.part(chosen)) if pieces is not None else None
+                if piece is not None:
+                    scores.put(chosen, piece.values)
+                    watch.skip(sweep.stop, piece.growths, piece.drift)
+                    continue
+                way = sweep.way(weights, plan.segment, watch.bar.update) if way is None else way
+                found = _sweep_block(wanted, scores, plan, watch, way, chosen)
+                scores.put(chosen, found)
+                if pieces is not None:
+                    pieces.save(place, Piece(found, watch.growths, watch.drift))
+            watch.bar.update(sweep.stop if way is None and weights is not None else 0)
+    scores.finish()
     return watch
 
 
-def _sweep_block(wanted: _Wanted, scores: Scores, plan: Plan, watch: Watch, end: State, chosen: slice) -> None:
+def _sweep_block(wanted: _Wanted, scores: Scores, plan: Plan, watch: Watch, way: Way, chosen: slice) -> Tensor:
     """One sweep for the chosen columns, from the sensitivities at the end to the finished scores."""
     sweep, engine = wanted.sweep, plan.chosen.engine
-    slopes, of_buffers = wanted.queries.sensitivities(end, wanted.columns, chosen)
+    slopes, of_buffers = wanted.queries.sensitivities(way.end, wanted.columns, chosen)
     adjoint = start(slopes, sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups), of_buffers)
     del slopes, of_buffers
     scores.open(chosen, sweep.replayer.device)
-    moments = Backwards(sweep.replayer, sweep.run.trajectory, sweep.stop, plan.segment)
+    moments = Backwards(sweep.replayer, way.trajectory, sweep.stop, plan.segment)
     common = (adjoint, min(plan.block, chosen.stop - chosen.start), scores.add, watch)
-    if isinstance(engine, ScaledEngine):
-        watch.begin(direction_of(adjoint, sweep.optimizer))
-        hessian_free_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
-    else:
-        watch.begin(adjoint)
-        reverse_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
-    scores.close(chosen)
+    with sweep.objective.differentiable():
+        if isinstance(engine, ScaledEngine):
+            watch.begin(direction_of(adjoint, sweep.optimizer))
+            hessian_free_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
+        else:
+            watch.begin(adjoint)
+            reverse_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
     watch.drifted(moments.drift)
+    return scores.close(chosen)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from hydragrad.derivatives import DERIVATIVES
-from hydragrad.diagnostics import Range, Rung, Verdict
+from hydragrad.diagnostics import Range, Rung, Smoothing, Verdict
 from hydragrad.errors import NonFiniteError
 from hydragrad.hypergradient.queries import Columns, Queries
 from hydragrad.run import Run
+from hydragrad.smoothing import judge as judge_smoothed
 from hydragrad.trajectory.repeating import Nondeterminism
+from hydragrad.trajectory.reweighted import seen
 
 LADDER = (0.1, 1.0)
 """Steps h of the weights 1 - h and 1 + h; the top, 1, really removes (and doubles) the examples."""
@@ -57,17 +59,17 @@ def finite_differences(
     members: Tensor,
     step: int,
     seed: int,
+    base: Tensor | None = None,
 ) -> FiniteDifferences:
     """Compare ``scores`` [R, M] with replays in which a few rows' examples weigh 1 - h and 1 + h.
 
     ``members`` int64 [N]: the row an example counts in, -1 for none. Predicted: m(1 - h) - m(1 + h) = 2 h sum of the
-    rows' scores; every query is one comparison, two replays serve them all.
+    rows' scores; every query is one comparison, two replays serve them all. ``base`` [N]: weights in place of 1; the
+    rows are then chosen from those that weigh anything.
     """
+    base = torch.ones(len(members), dtype=torch.float64) if base is None else base.double()
     generator = torch.Generator().manual_seed(seed)
-    present = torch.zeros(len(members), dtype=torch.bool)
-    for record in run.steps[:step]:
-        for ids in record.batches:
-            present[ids] = True
+    present = seen(run.steps[:step], len(members)) & (base != 0)
     rows = members[present & (members >= 0)].unique()
     picked = rows[torch.randperm(len(rows), generator=generator)[:FEW]]
     touched = torch.isin(members, picked)
@@ -76,14 +78,13 @@ def finite_differences(
     failures: list[str] = []
 
     def measured(h: float) -> Tensor:
-        weights = torch.ones(len(members), dtype=torch.float64)
+        weights = base.clone()
         weights[touched] += h
         try:
-            values = queries.values(run.replay(weights=weights, until=step)).double().cpu()
+            return columns.collect(queries.values(run.replay(weights=weights, until=step)))
         except NonFiniteError as error:
             failures.append(f"retrained with those examples weighing {1 + h:g} each, {error}")
             return torch.full((columns.count,), float("nan"), dtype=torch.float64)
-        return torch.zeros(columns.count, dtype=torch.float64).index_add_(0, columns.of, values * columns.factor)
 
     trained = measured(0.0)  # no more than a look at the recorded state: no weight differs from 1
 
@@ -144,11 +145,15 @@ def _correlation(a: Tensor, b: Tensor) -> float:
 @final
 @dataclass(frozen=True)
 class Checks:
-    """What was looked at besides the sweep: the ladder, torch's derivatives, a step repeated. None: not looked at."""
+    """What was looked at besides the sweep: the ladder, torch's derivatives, a step repeated. None: not looked at.
+
+    ``smoothing``: for means over several runs, in place of the ladder.
+    """
 
     found: FiniteDifferences | None = None
     derivatives: float | None = None
     unsteady: Nondeterminism | None = None
+    smoothing: Smoothing | None = None
 
 
 def judge(
@@ -158,6 +163,8 @@ def judge(
     found, derivatives = checks.found, checks.derivatives
     reasons: list[str] = []
     verdict: Verdict = "unchecked"
+    if checks.smoothing is not None and checks.smoothing.subsets:
+        verdict, reasons = judge_smoothed(checks.smoothing, method)
     if found is not None:
         top = found.ladder[-1]
         verdict = "reliable" if top.error <= RELIABLE else "doubtful" if top.error <= DOUBTFUL else "meaningless"

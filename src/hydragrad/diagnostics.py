@@ -58,6 +58,25 @@ class Range:
 
 @final
 @dataclass(frozen=True)
+class Smoothing:
+    """What smoothed scores are means over, and what retraining without other parts of that size says of them.
+
+    ``runs`` R, each without a random ``fraction`` of the examples; ``spread``: relative standard error of the mean over
+    them; ``subsets`` retrained, with relative ``error`` and ``correlation`` of predicted and actual changes of the
+    queries, both centred over the subsets (NaN: not checked); ``failure``: why a subset could not be compared.
+    """
+
+    runs: int
+    fraction: float
+    spread: float
+    subsets: int = 0
+    error: float = float("nan")
+    correlation: float = float("nan")
+    failure: str = ""
+
+
+@final
+@dataclass(frozen=True)
 class Diagnostics:
     """Cost, drift, growth and the finite-difference check of one attribution.
 
@@ -72,6 +91,7 @@ class Diagnostics:
     ``growth_by_step``: (step, growth) at some fifty steps, first to last; ``drift_by_checkpoint``: (step, drift) of
     every checkpoint that the replay came by; ``range``: how far weights may move for the scores to hold (None: not
     checked); ``nondeterminism``: what differs when a step is repeated, in words (empty: nothing, or nothing drifted);
+    ``smoothing``: the runs that smoothed scores are means over, drawn under ``seed`` (None: not smoothed);
     ``verdict`` and ``reasons``: whether first-order scores are reliable for this run, in words; ``summary`` is a
     sentence of both.
     """
@@ -94,6 +114,7 @@ class Diagnostics:
     drift_by_checkpoint: tuple[tuple[int, float], ...] = ()
     range: Range | None = None
     nondeterminism: str = ""
+    smoothing: Smoothing | None = None
 
     @property
     def summary(self) -> str:
@@ -119,6 +140,16 @@ class Diagnostics:
             f"  replay drift {self.drift:.1e}, adjoint growth {self.growth:.1f}{gap}",
             f"  plan: {self.plan}",
         ]
+        if (found := self.smoothing) is not None:
+            lines.append(
+                f"  mean over {found.runs} runs, each without {found.fraction:g} of the examples (seed {self.seed}); "
+                f"relative standard error {found.spread:.2f}"
+            )
+            if found.subsets:
+                lines.append(
+                    f"  {found.subsets} other subsets removed: error {found.error:.2f}, "
+                    f"correlation {found.correlation:.2f}"
+                )
         lines += [
             f"  weights 1 +- {r.step:g}: error {r.error:.3f}, correlation {r.correlation:.2f}" for r in self.ladder
         ]
@@ -144,6 +175,8 @@ class Diagnostics:
         given["examples"] = tuple(given.get("examples", ()))
         for name in ("growth_by_step", "drift_by_checkpoint"):
             given[name] = tuple((step, value) for step, value in given.get(name, ()))
+        if given.get("smoothing") is not None:
+            given["smoothing"] = Smoothing(**given["smoothing"])
         if given.get("range") is not None:
             given["range"] = Range(**given["range"])
         return Diagnostics(**given)

@@ -1,5 +1,6 @@
 """Before the run: which engine, how many queries at a time, how much memory, how long."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, final
@@ -13,6 +14,7 @@ from hydragrad.hypergradient.naming import name_of
 from hydragrad.hypergradient.queries import length_of
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.run import Run
+from hydragrad.smoothing import check_smoothing
 
 PIECE_SECONDS = 60.0
 """What a piece of a resumable attribution should take at most; longer where its replay alone takes half of that."""
@@ -24,7 +26,8 @@ class Plan:
     """What a sweep will do. ``str(plan)`` says it in words.
 
     ``engine``: the computation chosen; ``block``: queries per product; ``carried``: queries whose adjoints one sweep
-    carries; ``sweeps``: passes over the run; ``segment``: states kept at a time; ``peak_bytes``: memory above
+    carries; ``sweeps``: passes over the run (over all reweighted runs together, of which there are ``reweighted``; 0:
+    the recorded run itself); ``segment``: states kept at a time; ``peak_bytes``: memory above
     training's, the result included; ``seconds``: predicted; ``budget``: bytes allowed; ``reasons``: why;
     ``gradient_gap``: relative difference between the gradient that is differentiated and the training step's.
     """
@@ -42,16 +45,18 @@ class Plan:
     reasons: tuple[str, ...]
     chosen: Chosen = field(repr=False, compare=False)
     fixed: Fixed = field(repr=False, compare=False)
+    reweighted: int = 0
 
     @property
     def gradient_gap(self) -> float:
         return self.chosen.gradient_gap
 
     def __str__(self) -> str:
+        runs = f" over {self.reweighted} reweighted run(s)" if self.reweighted else ""
         return (
             f"{self.method}, {self.queries} queries: {self.engine}, {self.block} at a time, {self.sweeps} sweep(s) of "
-            f"{self.carried}, {self.segment} states kept; about {self.peak_bytes / 2**20:.0f} MiB, {self.seconds:.1f} s"
-            + "".join(f"; {reason}" for reason in self.reasons)
+            f"{self.carried}{runs}, {self.segment} states kept; about {self.peak_bytes / 2**20:.0f} MiB, "
+            f"{self.seconds:.1f} s" + "".join(f"; {reason}" for reason in self.reasons)
         )
 
 
@@ -65,15 +70,27 @@ def plan(
     memory: int | None = None,
     block: int | None = None,
     compile: bool | None = None,
+    smoothing: int | None = None,
 ) -> Plan:
     """Predict memory and time of ``attribute`` and choose how to do it.
 
     ``queries``: their number, or the queries; ``memory``: budget in bytes above training's (None: half of what is
-    free); ``block``: queries per product (None: measured); ``compile``: use torch.compile (None: where it pays).
+    free); ``block``: queries per product (None: measured); ``compile``: use torch.compile (None: where it pays);
+    ``smoothing``: so many reweighted runs are swept in place of the recorded one.
     Runs the candidates for a moment on one recorded batch. Example: ``print(hydragrad.plan(run, queries=1000))``.
     """
+    check_smoothing(smoothing)
     count = queries if isinstance(queries, int) else length_of(queries)
-    return plan_sweep(Sweep.of(run, step), count, method, rows=rows, memory=memory, block=block, compile=compile)
+    return plan_sweep(
+        Sweep.of(run, step),
+        count,
+        method,
+        rows=rows,
+        memory=memory,
+        block=block,
+        compile=compile,
+        reweighted=smoothing or 0,
+    )
 
 
 def plan_sweep(
@@ -87,8 +104,12 @@ def plan_sweep(
     compile: bool | None,
     pieces: bool = False,
     again: Fixed | None = None,
+    reweighted: int = 0,
 ) -> Plan:
-    """``plan`` for a sweep that is made ready already; in ``pieces`` of about a minute, or as chosen before."""
+    """``plan`` for a sweep that is made ready already; in ``pieces`` of about a minute, or as chosen before.
+
+    ``reweighted`` runs have no states on disk: each is replayed once more, and keeps about sqrt(T) states on the way.
+    """
     for name, value in (("queries", queries), ("block", block), ("memory", memory)):
         if value is not None and value < 1:
             raise UnsupportedError(message(f"{name} is too small", expected="at least 1", got=value))
@@ -104,11 +125,12 @@ def plan_sweep(
     result = rows * queries * sizes.number
     # what every choice needs: the block's engine, the result (its copy on the device while a sweep lasts)
     left = max(budget - result - chosen.block * sizes.engine - chosen.held, 0)
-    segment = max(2, min(sizes.longest, min(left // 4, left - sizes.adjoint - rows * sizes.number) // sizes.state))
+    longest, kept = (math.isqrt(sweep.stop - 1) + 1, 2 * sizes.state) if reweighted else (sizes.longest, sizes.state)
+    segment = max(2, min(longest, min(left // 4, left - sizes.adjoint - rows * sizes.number) // kept))
     segment = segment if again is None else again.segment
-    left = max(left - segment * sizes.state, 0)
+    left = max(left - segment * kept, 0)
     carried = max(1, min(queries, left // (sizes.adjoint + rows * sizes.number)))
-    replay = sweep.stop * chosen.replay * (1 if segment >= sizes.longest else 2)
+    replay = sweep.stop * chosen.replay * (1 if segment >= longest else 2)
     if pieces:
         wanted = max(PIECE_SECONDS - replay, replay) / (sweep.stop * chosen.per_query)
         carried = min(carried, max(chosen.block, int(wanted)))
@@ -119,7 +141,9 @@ def plan_sweep(
         made = fixed(sweep, method, name_of(chosen.engine), chosen.block)
         chosen = replace(made, reasons=chosen.reasons)
     seconds = sweeps * replay + sweep.stop * queries * chosen.per_query
-    peak = result + chosen.block * sizes.engine + chosen.held + segment * sizes.state
+    if reweighted:
+        seconds, sweeps = reweighted * (seconds + sweep.stop * chosen.replay), reweighted * sweeps
+    peak = result + chosen.block * sizes.engine + chosen.held + segment * kept
     peak += carried * (sizes.adjoint + rows * sizes.number)
     return Plan(
         method,
@@ -135,6 +159,7 @@ def plan_sweep(
         (*chosen.reasons, *_reasons(peak, budget, seconds / sweeps, pieces, again)),
         chosen,
         Fixed(name_of(chosen.engine), chosen.block, carried, segment),
+        reweighted,
     )
 
 

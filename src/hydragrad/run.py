@@ -13,6 +13,7 @@ from hydragrad.trajectory.binding import check_data, check_model, choose_collate
 from hydragrad.trajectory.finite import check_finite
 from hydragrad.trajectory.randomness import undisturbed
 from hydragrad.trajectory.replay import Replayer, check_weights
+from hydragrad.trajectory.reweighted import first_touched
 from hydragrad.trajectory.state import State, StepRecord
 from hydragrad.trajectory.store import Trajectory
 from hydragrad.trajectory.watching import unwrapped
@@ -107,7 +108,7 @@ class Run:
         replayer = self.replayer(check=True)
         if weights is not None:
             weights = check_weights(weights, self.num_examples).to(replayer.device)
-            replayer.restore(self.trajectory.state(self.trajectory.nearest(self._first_touched(weights, stop))))
+            replayer.restore(self.trajectory.state(self.trajectory.nearest(first_touched(self.steps[:stop], weights))))
             weights = weights.cpu()
         with kept_random_state():
             for step in self.steps[replayer.step : stop]:
@@ -135,11 +136,3 @@ class Run:
                 message("no such step", expected=f"0 to {self.num_steps}", got=step, cause="the run ended before it")
             )
         return step
-
-    def _first_touched(self, weights: Tensor, stop: int) -> int:
-        """The first step before ``stop`` in which an example's weight is not 1: all before it is as recorded."""
-        changed = (weights != 1).cpu()
-        for step in self.steps[:stop]:
-            if any(bool(changed[ids].any()) for ids in step.batches):
-                return step.index
-        return stop

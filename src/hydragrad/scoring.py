@@ -42,11 +42,20 @@ class Rows:
 class Scores:
     """The result in the making, [E or 1, R, M]; while a sweep lasts, its columns are kept on the device.
 
-    ``tokens`` L: every row is L rows, one for each token, [E or 1, R L, M]; 0: the terms of tokens are summed.
+    ``tokens`` L: every row is L rows, one for each token, [E or 1, R L, M]; 0: the terms of tokens are summed. With
+    several ``runs``, what is put adds up, and ``finish`` makes it their mean.
     """
 
     def __init__(
-        self, run: Run, stop: int, rows: Rows, columns: int, by_epoch: bool, dtype: torch.dtype, tokens: int = 0
+        self,
+        run: Run,
+        stop: int,
+        rows: Rows,
+        columns: int,
+        by_epoch: bool,
+        dtype: torch.dtype,
+        tokens: int = 0,
+        runs: int = 1,
     ) -> None:
         last = max(max(record.epochs or (record.epoch,)) for record in run.steps[:stop])
         epochs = last + 1 if by_epoch else 1
@@ -54,12 +63,14 @@ class Scores:
         self.rows = rows
         self.values = torch.zeros(epochs, len(rows.ids) * max(tokens, 1), columns, dtype=dtype)
         self.height = epochs * self.values.shape[1]
+        self.runs = runs
         self._open: Tensor | None = None
+        self._squares = 0.0
 
     def open(self, columns: slice, device: torch.device) -> None:
         """Begin a sweep for these columns."""
         width = columns.stop - columns.start
-        direct = device.type == "cpu" and width == self.values.shape[2]
+        direct = self.runs == 1 and device.type == "cpu" and width == self.values.shape[2]
         self._open = self.values if direct else self.values.new_zeros(*self.values.shape[:2], width, device=device)
 
     def add(self, ids: Tensor, chosen: slice, terms: Tensor, epoch: int) -> None:
@@ -90,13 +101,32 @@ class Scores:
         """The scores of these columns, as a view."""
         return self.values[:, :, columns]
 
-    def close(self, columns: slice) -> None:
-        """End the sweep: copy to the result; refuse NaN and infinities."""
+    def put(self, columns: slice, found: Tensor) -> None:
+        """Take one run's scores of these columns."""
+        if self.runs == 1:
+            self.part(columns).copy_(found)
+        else:
+            self.part(columns).add_(found)
+            self._squares += float(found.double().square().sum())
+
+    def finish(self) -> None:
+        """All runs were put."""
+        if self.runs > 1:
+            self.values /= self.runs
+
+    @property
+    def spread(self) -> float:
+        """The relative standard error of the mean, as of independent runs; NaN for one."""
+        norm = float(self.values.double().square().sum())
+        if self.runs == 1 or norm == 0:
+            return float("nan")
+        return (max(self._squares / norm - self.runs, 0.0) / (self.runs - 1) / self.runs) ** 0.5
+
+    def close(self, columns: slice) -> Tensor:
+        """End the sweep; its scores [E or 1, R, k], on the CPU. Refuses NaN and infinities."""
         assert self._open is not None
-        if self._open is not self.values:
-            self.values[:, :, columns] = self._open.cpu()
-        self._open = None
-        bad = (~self.values[:, :, columns].isfinite()).nonzero()
+        found, self._open = self._open.cpu(), None
+        bad = (~found.isfinite()).nonzero()
         if len(bad):
             row, column = int(self.rows.ids[bad[0, 1] // max(self.tokens, 1)]), columns.start + int(bad[0, 2])
             raise NonFiniteError(
@@ -108,3 +138,4 @@ class Scores:
                     remedy="try method='gauss-newton', which is stable, or ask an earlier step with step=",
                 )
             )
+        return found

@@ -34,10 +34,18 @@ def points_of(moment: Moment, objective: Objective) -> Iterator[tuple[Tensor, in
         with torch.no_grad():
             like = nothing.new_empty(objective.loss_shape(point, len(ids)))
             coefficients = objective.problem.reduction.coefficients(batch, like).contiguous()
-        point = replace(point, coefficients=coefficients, weights=torch.ones_like(coefficients))
+        point = replace(point, coefficients=coefficients, weights=_weights(moment, ids, coefficients))
         yield ids, epoch, point
         if place < last and (objective.carried or objective.counters):
             carried, rest = objective.after(point)
+
+
+def _weights(moment: Moment, ids: Tensor, coefficients: Tensor) -> Tensor:
+    """1 + eps of every loss, in the shape of the losses."""
+    if moment.weights is None:
+        return torch.ones_like(coefficients)
+    weights = moment.weights[ids].to(coefficients)
+    return weights.reshape(-1, *[1] * (coefficients.dim() - 1)).expand_as(coefficients).contiguous()
 
 
 def _refuse_other_noise(objective: Objective, point: Point, random: RandomState, step: int) -> None:

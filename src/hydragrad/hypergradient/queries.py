@@ -58,6 +58,11 @@ class Columns:
         """The queries that count in these columns, in order."""
         return ((self.of >= columns.start) & (self.of < columns.stop)).nonzero().flatten()
 
+    def collect(self, values: Tensor) -> Tensor:
+        """Measured values of all queries as those of the columns, float64 [M]."""
+        factors = self.factor.double()
+        return torch.zeros(self.count, dtype=torch.float64).index_add_(0, self.of, values.double().cpu() * factors)
+
 
 def group_numbers(groups: Any, length: int, argument: str, what: str) -> tuple[Tensor, Tensor, int]:
     """A group number per element, refused unless integers >= 0, one for each; with factors of one and the count."""

@@ -1,11 +1,12 @@
 """What every sweep over a recorded run needs, gathered once: objective, optimizer, checks that it can be swept."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hydragrad.errors import UnsupportedError, message
 from hydragrad.run import Run
@@ -14,7 +15,9 @@ from hydragrad.step.objective import Objective
 from hydragrad.step.optimizer_map import OptimizerMap
 from hydragrad.trajectory.finite import check_finite
 from hydragrad.trajectory.replay import Replayer
+from hydragrad.trajectory.reweighted import Reweighted
 from hydragrad.trajectory.state import State
+from hydragrad.trajectory.store import Trajectory
 
 _PRECISE = (torch.float32, torch.float64)
 
@@ -84,6 +87,13 @@ class Sweep:
         check_finite(state, self.replayer, self.run.trajectory)
         return state
 
+    def way(self, weights: Tensor | None, most: int, watch: Callable[[], object]) -> "Way":
+        """What a sweep goes back along, and where it ends: the recorded run, or the run with ``weights`` [N]."""
+        if weights is None:
+            return Way(self.run.trajectory, self.end())
+        reweighted = Reweighted(self.replayer, self.run.trajectory, weights, self.stop, most, watch)
+        return Way(reweighted, reweighted.state(self.stop))
+
     def _refuse(self) -> None:
         manifest = self.run.trajectory.manifest
         if not self.objective.names:
@@ -142,6 +152,15 @@ class Sweep:
                             remedy="give clip_grad_norm_ the optimizer's parameters, or set requires_grad_(False)",
                         )
                     )
+
+
+@final
+@dataclass(frozen=True)
+class Way:
+    """What a sweep goes back along, and the state it starts from."""
+
+    trajectory: Trajectory | Reweighted
+    end: State
 
 
 def changed_buffers(run: Run, replayer: Replayer, stop: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from hydragrad.trajectory.agreement import state_difference
 from hydragrad.trajectory.randomness import RandomState
 from hydragrad.trajectory.replay import Replayer
+from hydragrad.trajectory.reweighted import Reweighted
 from hydragrad.trajectory.state import State, StepRecord
 from hydragrad.trajectory.store import Trajectory
 
@@ -22,7 +23,7 @@ class Moment:
 
     ``gradient``: the raw one, before ``record.clips``; the optimizer saw it clipped (see step.clipping.Clipping).
     ``random``: the state from which each micro-batch drew in the replay (None: nothing was drawn), for whoever
-    must draw the same again.
+    must draw the same again. ``weights`` [N] of the examples' losses in this run (None: 1, as recorded).
     """
 
     record: StepRecord
@@ -30,11 +31,14 @@ class Moment:
     gradient: dict[str, Tensor]
     batches: list[tuple[Tensor, Any]]
     random: tuple[RandomState | None, ...] = ()
+    weights: Tensor | None = None
 
 
-def advance(replayer: Replayer, record: StepRecord, *, compare: bool = True) -> dict[str, Tensor]:
+def advance(
+    replayer: Replayer, record: StepRecord, weights: Tensor | None = None, *, compare: bool = True
+) -> dict[str, Tensor]:
     """Take one step; its gradient by parameter name (absent: no gradient came), before it was clipped."""
-    replayer.advance(record, compare=compare)
+    replayer.advance(record, weights, compare=compare)
     raw = replayer.gradients() if replayer.raw is None else replayer.raw
     return {name: g for name, g in raw.items() if name not in record.without_grad}
 
@@ -50,17 +54,18 @@ def forwards(replayer: Replayer, trajectory: Trajectory, stop: int) -> Iterator[
 
 @final
 class Backwards:
-    """Iterates over steps ``stop - 1 .. 0`` as Moments.
+    """Iterates over steps ``stop - 1 .. 0`` of the recorded run, or of a reweighted one, as Moments.
 
     Every stretch between two checkpoints is replayed forwards, then handed out backwards. At most about ``most``
     states are kept at a time: longer stretches are cut by states in memory, and replayed once more.
-    ``drift``: step of a checkpoint -> how far the replay ended from it.
+    ``drift``: step of a checkpoint -> how far the replay ended from it. A reweighted run's gradients have no record to
+    be compared with; its batches have.
 
     A stretch that ends in the recorded state bit for bit had the recorded batches and gradients. Where one does not,
     it and all that follow are replayed with every batch and gradient compared, so that a refusal names the step.
     """
 
-    def __init__(self, replayer: Replayer, trajectory: Trajectory, stop: int, most: int) -> None:
+    def __init__(self, replayer: Replayer, trajectory: Trajectory | Reweighted, stop: int, most: int) -> None:
         self.replayer = replayer
         self.trajectory = trajectory
         self.stop = stop
@@ -105,7 +110,8 @@ class Backwards:
         while moments:
             before, gradient, random = moments.pop()
             record = self.trajectory.steps[before.step]
-            yield Moment(record, before, gradient, self.replayer.batches(record, compare=False), random)
+            batches = self.replayer.batches(record, compare=False)
+            yield Moment(record, before, gradient, batches, random, self.trajectory.weights)
 
     def _compared(self, stop: int) -> None:
         """Go from the recorded state before ``stop`` up to it, comparing: what led astray may lie there."""
@@ -125,4 +131,4 @@ class Backwards:
 
     def _advance(self, t: int, *, compare: bool) -> dict[str, Tensor]:
         self.replayed += 1
-        return advance(self.replayer, self.trajectory.steps[t], compare=compare)
+        return advance(self.replayer, self.trajectory.steps[t], self.trajectory.weights, compare=compare)

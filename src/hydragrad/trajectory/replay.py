@@ -130,7 +130,8 @@ class Replayer:
         if step.index != self._step:
             raise MismatchError(message("steps out of order", expected=f"step {self._step}", got=f"step {step.index}"))
         if weights is not None and weights is not self._checked_weights:
-            self._checked_weights = check_weights(weights, len(self._problem.data))
+            check_weights(weights, len(self._problem.data))
+            self._checked_weights = weights
         self._follow(step)
         for param in self._params.values():
             param.grad = None

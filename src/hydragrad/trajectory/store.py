@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 from hydragrad.errors import MismatchError, StoreError, message
 from hydragrad.files import broken_file, loads, read_bytes, reading, sha256
@@ -26,6 +26,9 @@ class Trajectory:
     Raises StoreError for a missing, altered, truncated or swapped file, naming it.
     Example: ``Trajectory("runs/digits").state(0).params``.
     """
+
+    weights: ClassVar[None] = None
+    """The recorded run is the one in which every example weighs 1; see trajectory.reweighted for others."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)

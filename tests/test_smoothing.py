@@ -1,0 +1,382 @@
+"""Scores of reweighted runs against dense oracles at those weights; their means; what is planned, checked and said."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hydragrad as hg
+from hydragrad import attributing, smoothing
+from hydragrad.hypergradient import watch as watching
+from hydragrad.hypergradient.choosing import Fixed
+from hydragrad.smoothing import removals
+from hydragrad.trajectory.reweighted import Reweighted, first_touched
+from tests.hypergradient.recorded import STEPS, load, recipe_of, recorded, train, values
+from tests.hypergradient.test_oracle_agreement import by_label
+from tests.oracles import Clip, recursion, unroll
+from tests.step.options import CHOSEN, option_id
+from tests.tolerances import FINITE_DIFFERENCE, ORACLE, SAME, assert_close, relative_error
+from tests.trajectory.loops import assert_same_params, bind, record_run
+from tests.zoo import DRAWING, N_TRAIN, case
+
+PROBLEM = case("mlp_tanh")
+METHODS = ["exact", "gauss-newton", "hessian-free"]
+# Removed, halved, doubled and untouched examples; no batch without any that counts.
+WEIGHTS = torch.tensor([1.0, 0.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.0, 2.0, 1.0, 1.3, 0.0], dtype=torch.float64)
+ADAMW = {"lr": 0.02, "weight_decay": 0.1}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> hg.Run:
+    return recorded(recipe_of(PROBLEM), tmp_path_factory.mktemp("smoothing") / "run")
+
+
+def assert_as_the_oracle(recipe: Any, run: hg.Run, queries: Any, methods: Any = METHODS, **more: Any) -> None:
+    at = replace(recipe, weights=WEIGHTS)
+    for method in methods:
+        expected = unroll(at).scores(queries) if method == "exact" else recursion(at, method).scores(queries)
+        assert_close(values(run, queries, method, weights=WEIGHTS, **more), expected, ORACLE)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One reweighted run
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["mlp_tanh", "mlp_relu", "regression", "token_loss", "batchnorm", *DRAWING[:4]])
+def test_models_and_methods(name: str, method: str, tmp_path: Path) -> None:
+    problem = case(name)
+    recipe = recipe_of(problem)
+    run = recorded(recipe, tmp_path / "run")
+    assert_as_the_oracle(recipe, run, problem.queries, [method])
+    as_trained = values(run, problem.queries, method)
+    assert relative_error(values(run, problem.queries, method, weights=WEIGHTS), as_trained) > 0.01
+
+
+@pytest.mark.parametrize("name", ["convnet", "groupnorm", "attention", "lstm", "tied", "embedding", "noisy_loss"])
+def test_other_models(name: str, tmp_path: Path) -> None:
+    problem = case(name)
+    recipe = recipe_of(problem)
+    assert_as_the_oracle(recipe, recorded(recipe, tmp_path / "run"), problem.queries, ["exact"])
+
+
+@pytest.mark.parametrize("option", CHOSEN, ids=option_id)
+def test_optimizers(option: tuple[str, Any], tmp_path: Path) -> None:
+    recipe = recipe_of(PROBLEM, *option)
+    assert_as_the_oracle(recipe, recorded(recipe, tmp_path / "run"), PROBLEM.queries)
+
+
+@pytest.mark.parametrize("reduction", ["sum", by_label], ids=["sum", "function"])
+def test_reductions(reduction: Any, tmp_path: Path) -> None:
+    recipe = recipe_of(PROBLEM, hyper={"lr": 0.02, "momentum": 0.9}, reduction=reduction)
+    assert_as_the_oracle(recipe, recorded(recipe, tmp_path / "run"), PROBLEM.queries)
+
+
+@pytest.mark.parametrize("clip", [0.2, [Clip(0.05, None), Clip(0.1)]], ids=["norm", "value and norm"])
+def test_clipping(clip: Any, tmp_path: Path) -> None:
+    """The norm is that of the reweighted gradient."""
+    recipe = recipe_of(PROBLEM, clip=clip)
+    assert_as_the_oracle(recipe, recorded(recipe, tmp_path / "run"), PROBLEM.queries)
+
+
+def test_accumulation_with_buffers_and_a_penalty(tmp_path: Path) -> None:
+    problem = case("batchnorm")
+    epochs = [[[[0, 1, 2], [3, 4]], [[5, 6], [7, 5, 8]], [[9, 1], [10, 11]]], [[[4, 4, 2], [0, 4]]]]
+
+    def penalty(params: Any) -> Tensor:
+        return 0.01 * params["0.weight"].pow(4).sum()
+
+    steps = [step for epoch in epochs for step in epoch]
+    recipe = recipe_of(problem, "AdamW", {**ADAMW, "eps": 1e-4}, steps=steps, penalty=penalty)
+    train(recipe, tmp_path / "run", epochs)
+    run = load(recipe, tmp_path / "run", penalty=lambda model: penalty(dict(model.named_parameters())))
+    assert_as_the_oracle(recipe, run, problem.queries)
+
+
+def test_batchnorm_frozen_midway(tmp_path: Path) -> None:
+    problem = case("batchnorm")
+
+    def modes(model: nn.Module, t: int) -> None:
+        model.get_submodule("1").train(t < 4)
+
+    recipe = recipe_of(problem, modes=modes)
+    assert_as_the_oracle(recipe, recorded(recipe, tmp_path / "run"), problem.queries)
+
+
+@pytest.mark.parametrize("more", [{"block": 1}, {"block": 3}, {"memory": 1}, {"compile": False}], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_however_it_is_cut(run: hg.Run, method: str, more: dict[str, Any]) -> None:
+    assert_as_the_oracle(recipe_of(PROBLEM), run, PROBLEM.queries, [method], **more)
+
+
+@pytest.mark.parametrize("until", [1, 4, 6])
+def test_an_earlier_step(run: hg.Run, until: int) -> None:
+    expected = unroll(replace(recipe_of(PROBLEM), weights=WEIGHTS)).scores(PROBLEM.queries, t=until)
+    assert_close(values(run, PROBLEM.queries, weights=WEIGHTS, step=until), expected, ORACLE)
+
+
+def test_traced_graphs_take_the_weights_as_data(run: hg.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One engine, traced at the first weights, is right at all others."""
+    real = attributing.plan_sweep
+    kept = Fixed("traced:reverse-over-reverse", 2, 3, 2)
+    monkeypatch.setattr(attributing, "plan_sweep", lambda *a, again=None, **o: real(*a, again=kept, **o))
+    for weights in (None, WEIGHTS, WEIGHTS.flip(0), torch.full_like(WEIGHTS, 0.7)):
+        found = hg.attribute(run, PROBLEM.queries, check=False, weights=weights)
+        assert "traced" in found.diagnostics.plan
+        assert_close(found.values, unroll(replace(recipe_of(PROBLEM), weights=weights)).scores(PROBLEM.queries), ORACLE)
+
+
+def test_a_removed_example_has_a_score(run: hg.Run) -> None:
+    """By how much the queries would fall if it came back: a finite difference from weight zero."""
+    found = values(run, PROBLEM.queries, weights=WEIGHTS)
+    one = torch.zeros_like(WEIGHTS)
+    one[1] = 1.0
+
+    def measured(weights: Tensor) -> Tensor:
+        state = run.replay(weights=weights)
+        model = PROBLEM.build()
+        model.load_state_dict(state.params | state.buffers)
+        inputs, labels = (torch.stack(x) for x in zip(*PROBLEM.queries, strict=True))
+        return PROBLEM.loss(model.eval(), (inputs, labels)).detach()
+
+    h = 1e-5
+    slope = (measured(WEIGHTS - h * one) - measured(WEIGHTS + h * one)) / (2 * h)
+    assert_close(found[1], slope, FINITE_DIFFERENCE)
+    assert found[1].abs().min() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Means over several
+
+
+def test_nothing_removed_is_exact(run: hg.Run) -> None:
+    expected = values(run, PROBLEM.queries)
+    assert torch.equal(values(run, PROBLEM.queries, weights=torch.ones(N_TRAIN)), expected)
+    for runs in (1, 3):
+        assert_close(values(run, PROBLEM.queries, smoothing=runs, fraction=0.0), expected, SAME)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_runs_are_the_mean_of_both(run: hg.Run, method: str) -> None:
+    weights = removals(N_TRAIN, 2, 0.25, seed=5)
+    assert (weights == 0).sum(1).tolist() == [3, 3]
+    assert not torch.equal(*weights)
+    single = torch.stack([values(run, PROBLEM.queries, method, weights=w) for w in weights])
+    found = values(run, PROBLEM.queries, method, smoothing=2, fraction=0.25, seed=5)
+    assert_close(found, single.mean(0), SAME)
+    oracle = [recursion(replace(recipe_of(PROBLEM), weights=w), method).scores(PROBLEM.queries) for w in weights]
+    assert_close(found, torch.stack(oracle).mean(0), ORACLE)
+
+
+def test_subsets_are_drawn_from_the_seed_and_begin_alike() -> None:
+    assert torch.equal(removals(100, 8, 0.1, 3)[:4], removals(100, 4, 0.1, 3))
+    assert not torch.equal(removals(100, 4, 0.1, 3), removals(100, 4, 0.1, 4))
+    assert (removals(100, 8, 0.1, 3) == 0).sum(1).tolist() == [10] * 8
+    assert (removals(100, 2, 0.0, 3) == 1).all()
+    assert (removals(3, 2, 0.99, 3) == 1).sum(1).tolist() == [1, 1]  # somebody is left
+
+
+def test_what_else_can_be_asked(run: hg.Run) -> None:
+    """Groups, epochs, rows, aggregates and earlier steps say of means what they say of one run's scores."""
+    asked: dict[str, Any] = {"smoothing": 3, "fraction": 0.25, "seed": 1}
+    whole = values(run, PROBLEM.queries, **asked)
+    numbers = torch.arange(N_TRAIN) % 3
+    groups = values(run, PROBLEM.queries, groups=numbers, **asked)
+    assert_close(groups, torch.stack([whole[numbers == g].sum(0) for g in range(3)]), SAME)
+    epochs = values(run, PROBLEM.queries, by_epoch=True, **asked)
+    assert epochs.shape == (3, *whole.shape)
+    assert_close(epochs.sum(0), whole, SAME)
+    assert_close(values(run, PROBLEM.queries, train=[7, 2], **asked), whole[[7, 2]], SAME)
+    assert_close(values(run, PROBLEM.queries, aggregate="mean", **asked), whole.mean(1, keepdim=True), SAME)
+    for more in ({"block": 1}, {"memory": 1}):
+        assert_close(values(run, PROBLEM.queries, **{**asked, **more}), whole, SAME)
+    early = values(run, PROBLEM.queries, step=3, **asked)
+    single = [values(run, PROBLEM.queries, step=3, weights=w) for w in removals(N_TRAIN, 3, 0.25, 1)]
+    assert_close(early, torch.stack(single).mean(0), SAME)
+
+
+def test_scores_of_tokens(tmp_path: Path) -> None:
+    problem = case("token_loss")
+    run = recorded(recipe_of(problem), tmp_path / "run")
+    asked: dict[str, Any] = {"smoothing": 2, "fraction": 0.25}
+    each = values(run, problem.queries, tokens=True, **asked)
+    assert each.dim() == 3
+    assert_close(each.sum(1), values(run, problem.queries, **asked), SAME)
+
+
+def test_the_spread_is_the_standard_error(run: hg.Run) -> None:
+    single = torch.stack([values(run, PROBLEM.queries, weights=w) for w in removals(N_TRAIN, 4, 0.25, 2)])
+    found = hg.attribute(run, PROBLEM.queries, smoothing=4, fraction=0.25, seed=2, check=False).diagnostics.smoothing
+    assert found is not None
+    expected = (single.var(0).sum() / 4).sqrt() / single.mean(0).norm()
+    assert found.spread == pytest.approx(float(expected), rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run that is swept
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 100])
+def test_its_states_are_those_of_a_replay(run: hg.Run, most: int) -> None:
+    seen: list[int] = []
+    made = Reweighted(run.replayer(), run.trajectory, WEIGHTS, len(STEPS), most, lambda: seen.append(1))
+    assert len(seen) == len(STEPS)
+    assert made.checkpoints[0] == 0
+    assert made.checkpoints[-1] == len(STEPS)
+    assert len(made.checkpoints) <= most + 2
+    assert most < len(STEPS) or made.checkpoints == (0, len(STEPS))  # what a sweep can hold is not kept twice
+    for step in made.checkpoints:
+        state, expected = made.state(step), run.replay(weights=WEIGHTS, until=step)
+        assert state.step == step
+        assert all(torch.equal(x, state.params[name]) for name, x in expected.params.items())
+    assert [made.nearest(t) for t in range(len(STEPS) + 1)] == [
+        max(c for c in made.checkpoints if c <= t) for t in range(len(STEPS) + 1)
+    ]
+
+
+def test_it_begins_where_the_weights_begin_to_matter(tmp_path: Path) -> None:
+    record_run(tmp_path / "run", epochs=2, checkpoint_every=3)
+    run = bind(tmp_path / "run")
+    weights = torch.ones(run.num_examples)
+    assert first_touched(run.steps, weights) == run.num_steps == 10
+    made = Reweighted(run.replayer(), run.trajectory, weights, 10, 2)
+    assert made.checkpoints == run.trajectory.checkpoints == (0, 3, 6, 9, 10)
+    weights[run.steps[4].batches[0][0]] = 0.0  # not seen before step 4
+    taken: list[int] = []
+    made = Reweighted(run.replayer(), run.trajectory, weights, 10, 3, lambda: taken.append(1))
+    assert made.checkpoints == (0, 3, 6, 9, 10)
+    assert len(taken) == 10 - 3
+    assert_same_params(made.state(3).params, run.trajectory.state(3).params)
+    assert_same_params(made.state(9).params, run.replay(weights=weights, until=9).params)
+    assert not torch.equal(made.state(9).params["0.weight"], run.trajectory.state(9).params["0.weight"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Around it
+
+
+def test_a_killed_sweep_goes_on_and_ends_the_same(run: hg.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = attributing.plan_sweep
+    fixed = Fixed("traced:reverse-over-reverse", 2, 3, 2)
+    monkeypatch.setattr(attributing, "plan_sweep", lambda *a, again=None, **o: real(*a, again=again or fixed, **o))
+    asked: dict[str, Any] = {"smoothing": 3, "fraction": 0.25, "progress": False, "check": False}
+    straight = hg.attribute(run, PROBLEM.queries, **asked, resume=tmp_path / "straight")
+    watch, steps = attributing.Watch.__call__, 0
+
+    def dies(self: Any, step: int, adjoint: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == left:
+            raise KeyboardInterrupt
+        watch(self, step, adjoint)
+
+    monkeypatch.setattr(attributing.Watch, "__call__", dies)
+    left, calls = 12, 0  # of seven steps a piece: every call finishes one
+    while True:
+        steps, calls = 0, calls + 1
+        try:
+            again = hg.attribute(run, PROBLEM.queries, **asked, resume=tmp_path / "killed")
+            break
+        except KeyboardInterrupt:
+            continue
+    assert calls > 3
+    assert torch.equal(again.values, straight.values)
+    assert again.diagnostics.smoothing == straight.diagnostics.smoothing
+    with pytest.raises(hg.MismatchError, match="smoothing"):
+        hg.attribute(run, PROBLEM.queries, smoothing=3, fraction=0.5, check=False, resume=tmp_path / "killed")
+    with pytest.raises(hg.MismatchError, match="smoothing"):
+        hg.attribute(run, PROBLEM.queries, check=False, resume=tmp_path / "killed")
+
+
+def test_the_plan_counts_the_runs(run: hg.Run) -> None:
+    one, four = (hg.plan(run, 6, block=2, compile=False, smoothing=runs) for runs in (1, 4))
+    plain = hg.plan(run, 6, block=2, compile=False)
+    assert (plain.reweighted, one.reweighted, four.reweighted) == (0, 1, 4)
+    assert four.sweeps == 4 * one.sweeps == 4 * plain.sweeps
+    assert four.seconds > 2 * one.seconds
+    assert "4 reweighted run(s)" in str(four)
+    assert "reweighted" not in str(plain)
+    assert one.segment == math.isqrt(len(STEPS) - 1) + 1
+
+
+def test_the_bar_counts_every_step_of_every_run(run: hg.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Any] = []
+    real = watching.tqdm
+
+    def noted(*args: Any, **options: Any) -> Any:
+        bars.append(real(*args, **{**options, "disable": False, "delay": 1e9}))
+        return bars[-1]
+
+    monkeypatch.setattr(watching, "tqdm", noted)
+    hg.attribute(run, PROBLEM.queries, smoothing=3, fraction=0.25, check=False, progress=False)
+    assert bars[0].n == bars[0].total == 3 * 2 * len(STEPS)
+
+
+def test_the_check_compares_with_retraining_without_other_subsets(run: hg.Run) -> None:
+    scores = hg.attribute(run, PROBLEM.queries, smoothing=4, fraction=0.25, seed=3)
+    found = scores.diagnostics.smoothing
+    assert found is not None
+    assert (found.runs, found.fraction, found.subsets) == (4, 0.25, smoothing.SUBSETS)
+    assert scores.diagnostics.ladder == ()
+    before = losses(run, None)
+    generator = torch.Generator().manual_seed(4)
+    actual, predicted = [], []
+    for _ in range(found.subsets):
+        removed = torch.randperm(N_TRAIN, generator=generator)[:3]
+        actual.append(losses(run, torch.ones(N_TRAIN).index_fill(0, removed, 0.0)) - before)
+        predicted.append(scores.values[removed].sum(0))
+    a, p = (torch.stack(x) - torch.stack(x).mean(0) for x in (actual, predicted))
+    assert found.correlation == pytest.approx(float((a * p).sum() / a.norm() / p.norm()), rel=1e-9)
+    assert found.error == pytest.approx(float((a - p).norm() / a.norm()), rel=1e-9)
+    said = str(scores.diagnostics)
+    assert "4 runs, each without 0.25" in said
+    assert "seed 3" in said
+    assert "25%" in " ".join(scores.diagnostics.reasons)
+    again = hg.Attribution.load(scores.save(run.trajectory.folder.parent / "scores.safetensors"))
+    assert again.diagnostics == scores.diagnostics
+
+
+def losses(run: hg.Run, weights: Tensor | None) -> Tensor:
+    state = run.replay(weights=weights)
+    model = PROBLEM.build()
+    model.load_state_dict(state.params | state.buffers)
+    inputs, labels = (torch.stack(x) for x in zip(*PROBLEM.queries, strict=True))
+    return PROBLEM.loss(model.eval(), (inputs, labels)).detach()
+
+
+@pytest.mark.parametrize(
+    ("correlation", "verdict"), [(0.9, "reliable"), (0.4, "doubtful"), (0.1, "meaningless"), (math.nan, "meaningless")]
+)
+def test_verdicts(correlation: float, verdict: str) -> None:
+    found = smoothing.Smoothing(8, 0.1, 0.2, 8, 0.5, correlation)
+    assert smoothing.judge(found, "exact")[0] == verdict
+    assert smoothing.judge(replace(found, failure="it diverged"), "exact")[0] == "meaningless"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_at_weights_are_checked_around_them(run: hg.Run, seed: int) -> None:
+    found = hg.attribute(run, PROBLEM.queries, weights=WEIGHTS, seed=seed).diagnostics
+    assert found.smoothing is None
+    assert found.ladder[0].error < 0.1
+    assert not set(found.examples) & {1, 7, 11}  # removed ones are not removed again
+
+
+def test_refusals(run: hg.Run) -> None:
+    for wrong in (0, -1, True):
+        with pytest.raises(hg.UnsupportedError, match="smoothing is no number"):
+            values(run, PROBLEM.queries, smoothing=wrong)
+    for wrong in (-0.1, 1.0, float("nan")):
+        with pytest.raises(hg.UnsupportedError, match="fraction"):
+            values(run, PROBLEM.queries, smoothing=2, fraction=wrong)
+    with pytest.raises(hg.MismatchError, match="together"):
+        values(run, PROBLEM.queries, smoothing=2, weights=WEIGHTS)
+    with pytest.raises(hg.MismatchError, match="weights do not fit"):
+        values(run, PROBLEM.queries, weights=WEIGHTS[1:])
+    with pytest.raises(hg.NonFiniteError, match="weights"):
+        values(run, PROBLEM.queries, weights=WEIGHTS * math.nan)
+    with pytest.raises(hg.UnsupportedError, match="smoothing is no number"):
+        hg.plan(run, 3, smoothing=0)
