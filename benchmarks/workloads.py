@@ -1,4 +1,4 @@
-"""The runs that are measured: digits with an MLP, Fashion-MNIST with LeNet-5."""
+"""The runs that are measured: digits with an MLP, Fashion-MNIST with LeNet-5, CIFAR-10 with batch normalization."""
 
 import os
 from collections.abc import Callable
@@ -112,6 +112,34 @@ def fashion(examples: int = 4000, epochs: int = 2) -> Workload | None:
         return TensorDataset(torch.tensor(images[:, None] / 255, dtype=torch.float32), torch.tensor(labels).long())
 
     return Workload("fashion", LeNet5, tensors(x[keep], y[keep]), tensors(x_test, y_test), 0.05, 0.9, epochs)
+
+
+def batch_normed() -> nn.Module:
+    """Three convolutions with batch normalization and GELU, 34,346 parameters."""
+
+    def stage(inward: int, outward: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(inward, outward, 3, padding=1, bias=False)
+        return [convolution, nn.BatchNorm2d(outward), nn.GELU(), nn.AvgPool2d(2)]
+
+    return nn.Sequential(*stage(3, 16), *stage(16, 32), *stage(32, 64), nn.Flatten(), nn.Linear(64 * 16, 10))
+
+
+def cifar(examples: int = 1920, epochs: int = 1) -> Workload | None:
+    """The network with batch normalization on CIFAR-10; None where the data is absent."""
+    file = next((f for f in _places("cifar10_6k.npz") if f.is_file()), None)
+    if file is None:
+        return None
+    with np.load(file) as data:
+        x, y = data["x_train"][:examples], data["y_train"][:examples]
+        x_test, y_test = data["x_test"], data["y_test"]
+
+    def tensors(images: np.ndarray, labels: np.ndarray) -> TensorDataset:
+        return TensorDataset(
+            torch.tensor(images, dtype=torch.float32).permute(0, 3, 1, 2).div(255).contiguous(),
+            torch.tensor(labels).long().flatten(),
+        )
+
+    return Workload("cifar", batch_normed, tensors(x, y), tensors(x_test, y_test), 0.01, 0.9, epochs)
 
 
 def _places(name: str) -> list[Path]:

@@ -33,12 +33,12 @@ class OutputJacobian(GaussNewton):
         self.explicit = explicit_parameters(objective.module, objective.names)
         self._last: tuple[Point, Vectors] | None = None
         self._rows = TracedFunction(self._jacobian)
-        self._rest = TracedFunction(self._with_jacobian)
+        self._rest = TracedFunction(self._with_jacobian, linear=1)
 
     def held(self, point: Point) -> int:
         """The Jacobian; as many outputs per example as one forward pass of the batch gives."""
         floats, _, _ = self.objective.outputs(point.params, point.rest, point.batch)
-        return sum(f.numel() for f in floats) * sum(p.nbytes for p in point.params[: self.explicit])
+        return sum(f.numel() for f in floats) * sum(p.nbytes for p in point.params[: self.explicit]) + self._rest.held
 
     def products(self, point: Point, gam: Vectors, bet: Vectors = ()) -> Products:
         if not self.explicit or point.carried or point.draws:
@@ -47,7 +47,7 @@ class OutputJacobian(GaussNewton):
         if self._last is None or self._last[0] is not point:
             self._last = (point, self._rows(mode, point.params, point.rest, point.batch, point.coefficients))
         given = (point.params, point.rest, point.batch, point.coefficients, point.weights)
-        return self._rest(mode, given, self._last[1], gam)
+        return self._rest(mode, given, self._last[1], gam, at=point)
 
     def _split(self, vectors: Vectors) -> tuple[Vectors, Vectors]:
         return vectors[: self.explicit], vectors[self.explicit :]

@@ -26,6 +26,9 @@ _KEEP_ZERO = {
     aten.clone.default,
 }
 _ZERO_IF_ANY = {aten.mul.Tensor, aten.mm.default, aten.bmm.default}
+_PRODUCTS = {*_ZERO_IF_ANY, aten.convolution.default}
+_COPIES = {aten.clone.default, aten._to_copy.default}
+"""Operations that are the identity where shape, type and place in memory stay: nothing is changed in place."""
 _ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten._efficientzerotensor.default}
 _RANDOM = torch.Tag.nondeterministic_seeded
 
@@ -66,14 +69,21 @@ def changes_in_place(module: GraphModule) -> bool:
     return any(target._schema.is_mutable for target in calls)
 
 
-def _value(node: Any) -> Tensor | None:
+def draws_numbers(module: GraphModule) -> bool:
+    """Whether an operation of the graph draws random numbers: it must run as often as before."""
+    calls = (node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+    return any(_RANDOM in target.tags for target in calls)
+
+
+def value_of(node: Any) -> Tensor | None:
+    """What the node was when traced: a tensor without numbers."""
     value = node.meta.get("val") if isinstance(node, Node) else None
     return value if isinstance(value, Tensor) else None
 
 
 def _like(a: Any, b: Any) -> bool:
     """Same shape, type and place in memory: views that were right of one are right of the other."""
-    x, y = _value(a), _value(b)
+    x, y = value_of(a), value_of(b)
     if x is None or y is None:
         return False
     return x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
@@ -86,6 +96,11 @@ def _identity(node: Node) -> Node | None:
         return None
     if node.target in _SAME or (node.target in _SHAPED and _like(node, source)):
         return source
+    returned = any(user.op == "output" for user in node.users)  # whoever gets it may write to it
+    if node.target in _COPIES and _like(node, source) and not returned:
+        return source
+    if node.target is aten.copy.default and isinstance(node.args[1], Node) and _like(node, node.args[1]):
+        return None if returned else node.args[1]
     twice = node.target is aten.t.default and source.target is aten.t.default
     return source.args[0] if twice and isinstance(source.args[0], Node) else None
 
@@ -103,6 +118,8 @@ def _is_zero(node: Node, zeros: set[Node]) -> bool:
     if node.target in _ZEROS:
         return True
     tensors = [arg for arg in node.args if isinstance(arg, Node)]
+    if node.target is aten.convolution.default:
+        return node.args[2] is None and any(arg in zeros for arg in tensors[:2])
     if node.target in _KEEP_ZERO:
         return bool(tensors) and tensors[0] in zeros
     return node.target in _ZERO_IF_ANY and any(arg in zeros for arg in tensors)
@@ -111,8 +128,8 @@ def _is_zero(node: Node, zeros: set[Node]) -> bool:
 def _drop_zero_products(graph: Graph, zeros: set[Node]) -> None:
     """A product that is zero, yet used, becomes a tensor of zeros."""
     for node in zeros:
-        value = _value(node)
-        if node.target in _ZERO_IF_ANY and node.users and value is not None and value.is_contiguous():
+        value = value_of(node)
+        if node.target in _PRODUCTS and node.users and value is not None and value.is_contiguous():
             with graph.inserting_after(node):
                 made = graph.call_function(
                     aten.zeros.default, (list(value.shape),), {"dtype": value.dtype, "device": value.device}

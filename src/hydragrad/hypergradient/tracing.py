@@ -6,12 +6,14 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from hydragrad.hypergradient.curvature import Engine, Products
-from hydragrad.hypergradient.simplify import changes_in_place, simplified
+from hydragrad.hypergradient.hoisting import Halves, halved
+from hydragrad.hypergradient.linear import combined, dependent
+from hydragrad.hypergradient.simplify import changes_in_place, draws_numbers, simplified
 from hydragrad.step.forms import form_of
 from hydragrad.step.objective import Point, Vectors
 
@@ -30,16 +32,24 @@ class TracedFunction:
     input only, and values that Python reads out of tensors would be frozen into it: tracing refuses those, and whoever
     chooses an engine compares it with plain autograd. ``compile``: hand the graph to torch.compile, which fuses it.
     ``settled``: trace the first form alone, so that no result's rounding depends on what was called before.
+    ``linear``: how many of the last inputs the function is linear in, all together (an engine's block of vectors; 0:
+    none). What does not depend on these is then computed once for all calls that come with the same object ``at``.
     """
 
-    def __init__(self, function: Callable[..., Any], *, compile: bool = False) -> None:
+    def __init__(self, function: Callable[..., Any], *, compile: bool = False, linear: int = 0) -> None:
         self.function = function
-        self.compile, self.settled = compile, False
+        self.compile, self.settled, self.linear = compile, False, linear
         self._seen: dict[Any, int] = {}
         self._untraceable: set[Any] = set()
-        self._graphs: dict[Any, tuple[Callable[..., Any], Any]] = {}
+        self._graphs: dict[Any, tuple[Callable[..., Any] | Halves, Any]] = {}
+        self._kept: tuple[Any, Any, tuple[Any, ...]] = (None, None, ())
 
-    def __call__(self, *inputs: Any) -> Any:
+    @property
+    def held(self) -> int:
+        """Bytes that stay from one call to the next."""
+        return max((graph.held for graph, _ in self._graphs.values() if isinstance(graph, Halves)), default=0)
+
+    def __call__(self, *inputs: Any, at: object = None) -> Any:
         tensors: list[Tensor] = []
         key = form_of(inputs, tensors)
         if key not in self._graphs:
@@ -48,7 +58,7 @@ class TracedFunction:
             if rare or len(self._graphs) >= _MOST_GRAPHS or key in self._untraceable:
                 return self.function(*inputs)
             try:
-                self._graphs[key] = self._trace(*pytree.tree_flatten(inputs))
+                self._graphs[key] = self._trace(inputs)
             except RuntimeError:
                 if not self._graphs:
                     raise
@@ -56,9 +66,14 @@ class TracedFunction:
                 return self.function(*inputs)
         graph, form = self._graphs[key]
         with torch.no_grad():
-            return pytree.tree_unflatten(graph(*tensors), form)
+            if not isinstance(graph, Halves):
+                return pytree.tree_unflatten(graph(*tensors), form)
+            if at is None or self._kept[0] is not at or self._kept[1] is not graph:
+                self._kept = (at, graph, graph.constants(tensors))
+            return pytree.tree_unflatten(graph(self._kept[2], tensors), form)
 
-    def _trace(self, leaves: list[Any], structure: Any) -> tuple[Callable[..., Any], Any]:
+    def _trace(self, inputs: tuple[Any, ...]) -> tuple[Callable[..., Any] | Halves, Any]:
+        leaves, structure = pytree.tree_flatten(inputs)
         forms: list[Any] = []
 
         def flat(*tensors: Tensor) -> list[Any]:
@@ -69,8 +84,18 @@ class TracedFunction:
             return out
 
         graph = simplified(_functional_graph(flat, [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]))
-        compiled = self.compile and not self._graphs  # only the usual form: compiling takes tens of seconds
-        return torch.compile(graph, dynamic=False) if compiled else graph, forms[-1]
+        if self.compile and not self._graphs:  # only the usual form: compiling takes tens of seconds
+            return torch.compile(graph, dynamic=False), forms[-1]
+        block = self._block(graph, inputs)
+        if not block or changes_in_place(graph) or draws_numbers(graph):
+            return graph, forms[-1]
+        graph = combined(graph, block)
+        return halved(graph, dependent(graph.graph, block)), forms[-1]
+
+    def _block(self, graph: GraphModule, inputs: tuple[Any, ...]) -> list[Node]:
+        """The placeholders that belong to the inputs that the function is linear in."""
+        count = sum(isinstance(x, Tensor) for x in pytree.tree_leaves(inputs[len(inputs) - self.linear :]))
+        return [node for node in graph.graph.nodes if node.op == "placeholder"][-count:] if count else []
 
 
 @final
@@ -84,11 +109,15 @@ class Traced(Engine):
         super().__init__(engine.objective)
         self.engine = engine
         self.method = engine.method  # type: ignore[misc]  # the forward sweep asks which curvature this is
-        self.function = TracedFunction(self._products, compile=compile)
+        self.function = TracedFunction(self._products, compile=compile, linear=2)
 
     def products(self, point: Point, gam: Vectors, bet: Vectors = ()) -> Products:
         given = tuple(getattr(point, field.name) for field in fields(Point))
-        return self.function(self.objective.mode, given, gam, bet)
+        return self.function(self.objective.mode, given, gam, bet, at=point)
+
+    def held(self, point: Point) -> int:
+        """What does not depend on the block, once a graph was made."""
+        return self.function.held + self.engine.held(point)
 
     def _products(self, mode: int, given: tuple[Any, ...], gam: Vectors, bet: Vectors) -> Products:
         return self.engine.products(Point(*given), gam, bet)
