@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import hydragrad as hg
 from hydragrad.cli import main
 from hydragrad.commands.app import app
+from tests.report.reading import Read
 from tests.tasks.small import write_source
 
 TASK = "small_tasks.py:small"
@@ -130,6 +131,31 @@ def test_mislabels_shows_and_saves_what_the_library_finds(trained: Path, folder:
     assert "the most suspicious first, by harm" in by_class
 
 
+def test_report_shows_what_was_saved(trained: Path) -> None:
+    run("attribute", str(trained), "-t", TASK, "--out", "scores")
+    run("validate", str(trained), "-t", TASK, "--scores", "scores", "-n", "4", "--out", "proof")
+    asked = ("report", str(trained), "-t", TASK, "--scores", "scores", "--validation", "proof")
+    printed = run(*asked, "-q", "3", "-q", "7", "--top", "2", "--out", "new/page.html").output
+    saved, proof = hg.Attribution.load("scores"), hg.Validation.load("proof")
+    assert f"{saved.diagnostics.verdict}; the page: new/page.html (" in printed
+    read = Read(Path("new/page.html"))
+    assert [article.attributes["data-query"] for article in read.all("article")] == ["3", "7"]
+    assert read.tiles("7", "harmful") == [tuple(row) for row in saved.top(7, 2, largest=False)]
+    assert str(proof.correlation) in read.one(id="proof").text
+    from hydragrad.tasks.naming import resolve_task
+
+    found = hg.mislabels(resolve_task(TASK).load(trained), progress=False)
+    shown = [int(e.attributes["data-suspect"]) for e in read.elements if "data-suspect" in e.attributes]
+    assert shown == found.ids.tolist()
+    run(*asked, "--no-suspects")
+    assert "suspects" not in Read(Path("report.html")).ids
+    run("train", "small_tasks.py:slower", "--out", "runs/slower")
+    asked = ("report", "runs/slower", "-t", "small_tasks.py:slower", "--scores", "scores")
+    refused = run(*asked, "--out", "new/page.html", code=1).output
+    assert "MismatchError: the scores are not those of this run" in refused
+    assert Read(Path("new/page.html")).ids == read.ids, "what was there stays"
+
+
 def test_known_wrong_labels_are_counted(folder: Path) -> None:
     from hydragrad.tasks.digits import digits
 
@@ -183,6 +209,8 @@ def test_attribute_goes_on_in_a_folder_and_refuses_another_question(trained: Pat
         (("attribute", "RUN", "--task", "small_tasks.py:squared"), "gradient"),
         (("attribute", "RUN", "--task", "digits"), "parameters are not the recorded ones"),
         (("validate", "RUN", "--task", TASK, "--scores", "no-scores"), "StoreError: no-scores is missing"),
+        (("report", "RUN", "--task", TASK, "--scores", "no-scores"), "StoreError: no-scores is missing"),
+        (("report", "RUN", "--task", TASK, "--scores", "small_tasks.py"), "StoreError: small_tasks.py cannot be read"),
         (("attribute", "elsewhere", "--task", TASK), "StoreError: no recorded run in elsewhere"),
         (("train", "small_tasks.py:eleven", "--out", "x"), "eleven is not a task"),
     ],
@@ -206,6 +234,9 @@ def test_refusals_are_a_message_and_exit_code_1(trained: Path, arguments: tuple[
         (("validate", "RUN", "-t", TASK, "--scores", "s", "--out", "."), "name a file"),
         (("validate", "RUN", "-t", TASK, "--scores", "s", "--plot", "."), "name a file"),
         (("validate", "RUN", "-t", TASK, "--scores", "s", "--metric", "lds"), "subset"),
+        (("report", "RUN", "-t", TASK), "--scores"),
+        (("report", "RUN", "-t", TASK, "--scores", "s", "--query", "9999"), "9999 is no test example: 0 to 9"),
+        (("report", "RUN", "-t", TASK, "--scores", "s", "--out", "."), "name a file"),
         (("train", TASK), "--out"),
         (("frobnicate",), "frobnicate"),
     ],
@@ -220,6 +251,7 @@ def test_wrong_usage_is_exit_code_2_before_any_work(
     monkeypatch.setattr("hydragrad.commands.app.plan", never)
     monkeypatch.setattr("hydragrad.commands.proving.validate_scores", never)
     monkeypatch.setattr("hydragrad.commands.suspicion.find_mislabels", never)
+    monkeypatch.setattr("hydragrad.commands.reporting.write_report", never)
     result = run(*(str(trained) if word == "RUN" else word for word in arguments), code=2)
     assert words in result.output
 
@@ -236,7 +268,7 @@ def test_errors_in_the_library_itself_keep_their_traceback(trained: Path, monkey
 def test_version_and_help() -> None:
     assert run("--version").output.strip() == f"hydragrad {hg.__version__}"
     assert "hydragrad train digits --out runs/digits" in run("--help").output
-    for command in ("demo", "train", "attribute", "validate", "mislabels", "verify"):
+    for command in ("demo", "train", "attribute", "validate", "mislabels", "report", "verify"):
         assert f"hydragrad {command}" in run(command, "--help").output, "each help has an example"
 
 

@@ -1,5 +1,6 @@
 """The demo, whole, on a few images: what it prints is what it measured."""
 
+import shlex
 from pathlib import Path
 
 import matplotlib.image
@@ -12,6 +13,8 @@ from hydragrad.commands.app import app
 from hydragrad.commands.demo import METHODS, DemoResult, plain_training_seconds, run_demo
 from hydragrad.report.measures import mean_spearman
 from hydragrad.tasks.digits import digits
+from hydragrad.tasks.naming import READY
+from tests.report.reading import Read
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,31 @@ def test_the_picture_explains_the_worst_mistake(small: hg.Task, result: DemoResu
     wrong = logits.argmax(1) != labels
     assert bool(wrong.any())
     assert result.query == int(losses.where(wrong, -1.0).argmax())
+
+
+def test_the_page_shows_what_was_measured(result: DemoResult) -> None:
+    folder = result.page.parent
+    read, scores = Read(result.page), hg.Attribution.load(folder / "scores.safetensors")
+    assert {"verdict", "queries", "overall", "suspects", "proof", "checks", "run"} <= set(read.ids)
+    assert read.all("article")[0].attributes["data-query"] == str(result.query), "the worst mistake comes first"
+    assert read.tiles(str(result.query), "helpful") == [tuple(row) for row in scores.top(result.query, 8)]
+    assert str(hg.Validation.load(folder / "proof.safetensors").correlation) in read.one(id="proof").text
+
+
+def test_the_commands_it_ends_with_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    small = digits(flipped=0.1, train_size=60, test_size=8, epochs=2)
+    monkeypatch.setitem(READY, "digits-flipped", lambda: small)
+    sizes = ["--train-size", "60", "--test-size", "8", "--epochs", "2", "--removed", "3"]
+    lines = CliRunner().invoke(app, ["demo", "--out", "shown", *sizes]).output.splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("  hydragrad ")]
+    assert [command[0] for command in commands] == ["validate", "report", "mislabels"]
+    for command in commands:
+        result = CliRunner().invoke(app, [word if word != "-1" else "1" for word in command])
+        assert result.exit_code == 0, result.output
+    articles = Read(Path("shown/queries.html")).all("article")
+    assert [article.attributes["data-query"] for article in articles] == ["3", "5"]
 
 
 def test_times_are_ratios_to_the_plain_loop(small: hg.Task, result: DemoResult) -> None:

@@ -9,6 +9,7 @@ from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import HydragradError, MismatchError, NonFiniteError, StoreError, UnsupportedError
 from hydragrad.planning import Plan, plan
 from hydragrad.problem import Problem, Reduction
+from hydragrad.reporting import write_report
 from hydragrad.retraining.planning import RetrainingPlan
 from hydragrad.run import Run, load
 from hydragrad.suspecting import mislabels
@@ -55,4 +56,5 @@ __all__ = [
     "train",
     "validate",
     "verify",
+    "write_report",
 ]

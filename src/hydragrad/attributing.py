@@ -28,6 +28,7 @@ from hydragrad.resuming import Piece, Pieces, digest, qualified, summary
 from hydragrad.run import Run, kept_random_state
 from hydragrad.scoring import Rows, Scores
 from hydragrad.smoothing import FRACTION, Runs, proved
+from hydragrad.trajectory.identity import identity
 from hydragrad.trajectory.moments import Backwards
 from hydragrad.verification import repeated_step
 
@@ -106,7 +107,7 @@ def attribute(
     seconds = time.perf_counter() - began
     diagnostics = _diagnose(wanted, plan, watch, checks, seconds, seconds - swept if check else 0.0, seed)
     ids = torch.arange(wanted.columns.count)
-    return Attribution(scores.result(), wanted.rows.ids, ids, method, diagnostics, tokens)
+    return Attribution(scores.result(), wanted.rows.ids, ids, method, diagnostics, tokens, identity(run.steps))
 
 
 @final

@@ -1,10 +1,11 @@
 """The answer: a named matrix of scores."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
+import torch
 from torch import Tensor
 
 from hydragrad.diagnostics import Diagnostics
@@ -53,7 +54,8 @@ class Attribution:
     example helped query j; negative: it harmed. [N, M]; with ``by_epoch`` [E, N, M]; with ``tokens`` [N, L, M] (or
     [E, N, L, M]): token by token, 0 beyond the end of a short batch; on the CPU, in the run's dtype.
     ``train_ids`` [N]: positions in the training data (or group numbers); ``query_ids`` [M]: positions among the
-    queries (or query groups). Source: HYDRA, arXiv 2102.02515, whose eps is scaled by 1/N.
+    queries (or query groups); ``run``: tells the run that was attributed from others (empty: not known).
+    Source: HYDRA, arXiv 2102.02515, whose eps is scaled by 1/N.
 
     Example: ``scores.top(query=3, k=10)``.
     """
@@ -64,6 +66,7 @@ class Attribution:
     method: str
     diagnostics: Diagnostics
     tokens: bool = False
+    run: str = ""
 
     def __post_init__(self) -> None:
         expected, shape = (len(self.train_ids), len(self.query_ids)), self.values.shape
@@ -104,6 +107,11 @@ class Attribution:
         places = [divmod(int(place), column.shape[1]) for place in order]
         return [RankedToken(int(self.train_ids[row]), token, float(column[row, token])) for row, token in places]
 
+    def averaged(self) -> "Attribution":
+        """The scores for the mean over all queries, as one column [N, 1] with query id 0."""
+        mean, only = self.total.mean(1, keepdim=True), torch.zeros(1, dtype=torch.int64)
+        return replace(self, values=mean, query_ids=only, tokens=False)
+
     def to_pandas(self) -> "pandas.DataFrame":
         """A table: rows ``train_ids``, columns ``query_ids``; with epochs or tokens, rows are (epoch, train, token)."""
         try:
@@ -125,7 +133,7 @@ class Attribution:
         """Write to one safetensors file, atomically; returns its path. A StoreError leaves an old file whole."""
         path = Path(path)
         tensors = {"values": self.values, "train_ids": self.train_ids, "query_ids": self.query_ids}
-        about = {"format": _FORMAT, "method": self.method, "diagnostics": self.diagnostics.to_dict()}
+        about = {"format": _FORMAT, "method": self.method, "run": self.run, "diagnostics": self.diagnostics.to_dict()}
         about |= {"tokens": True} if self.tokens else {}
         seal = _seal(about, tensors)
         write_atomically(path, save_tensors(tensors, {"attribution": about, "sha256": seal}))
@@ -156,6 +164,7 @@ class Attribution:
                 method=about["method"],
                 diagnostics=Diagnostics.from_dict(about["diagnostics"]),
                 tokens=about.get("tokens", False),
+                run=str(about.get("run", "")),
             )
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from hydragrad.attributing import attribute
 from hydragrad.attribution import Attribution
 from hydragrad.errors import MismatchError, NonFiniteError, UnsupportedError, message
+from hydragrad.fitting import check_run
 from hydragrad.labels import Relabel, labels_of, with_label
 from hydragrad.report.measures import average_ranks
 from hydragrad.run import Run
@@ -162,6 +163,7 @@ def _of_scores(run: Run, signal: str, clean: Any, known: _Known, options: dict[s
             )
         )
     if isinstance(clean, Attribution):
+        check_run(run, clean)
         if not torch.equal(clean.train_ids, torch.arange(run.num_examples)):
             raise MismatchError(
                 message(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from hydragrad.attribution import Attribution
 from hydragrad.errors import MismatchError, NonFiniteError, UnsupportedError, message
-from hydragrad.hypergradient.queries import Columns, group_numbers, length_of
+from hydragrad.fitting import columns_of, groups_of
 from hydragrad.labels import Relabel, with_label
 from hydragrad.retraining import designs
 from hydragrad.retraining.counterfactual import Change
@@ -76,44 +76,81 @@ def validate(
     Example: ``print(hydragrad.validate(run, scores, test_set, metric="loo", n=30))``.
     """
     began = time.perf_counter()
-    columns = _columns(scores, queries, aggregate)
-    rows = _rows(run, scores, groups)
+    columns = columns_of(scores, queries, aggregate)
+    rows = Rows(scores.total.double(), scores.train_ids, groups_of(run, scores, groups))
     until = run.num_steps if step is None else step
     question = Question(
         run.trajectory.folder.resolve(), run.problem, queries, columns, until, measurement, accuracy
     )  # fmt: skip
     retrainer = Retrainer(question, run)
+    options = {"fraction": fraction, "choice": choice, "sizes": sizes, "targets": targets, "weight": weight}
+    design = _designed(run, scores, rows, metric, n, seed, labels=labels, relabel=relabel, **options)
+    done, plan, bitwise = _carried_out(retrainer, design, jobs, resume, on_plan, progress)
+    return _answer(scores, metric, design, done, plan, bitwise, seed, time.perf_counter() - began)
+
+
+def _designed(
+    run: Run,
+    scores: Attribution,
+    rows: Rows,
+    metric: str,
+    n: int | None,
+    seed: int,
+    *,
+    fraction: int | float,
+    choice: str,
+    sizes: Sequence[int | float],
+    targets: Sequence[int] | None,
+    weight: int | float,
+    labels: Mapping[int, Any] | None,
+    relabel: Relabel,
+) -> Design:
+    """The changes that ``metric`` asks for, drawn under ``seed``."""
     n = _count(metric, n)
     generator = torch.Generator().manual_seed(seed)
     if metric == "loo":
-        design = designs.one_by_one(rows, n, choice, generator)
-    elif metric == "subset":
-        design = designs.subsets(rows, n, fraction, generator)
-    elif metric == "remove":
-        design = designs.extremes(rows, n, sizes, _targets(scores, rows, targets), weight, generator)
-    else:
-        _refuse_groups(groups)
-        chosen = _suspects(run, n, relabel) if labels is None else labels
-        design = designs.relabelled(rows, run.problem.data, chosen, relabel)
-    done, plan, early = _carried_out(retrainer, design, jobs, resume, on_plan, progress)
-    trained, changed = done[0], done[1:]
-    before = trained.values
+        return designs.one_by_one(rows, n, choice, generator)
+    if metric == "subset":
+        return designs.subsets(rows, n, fraction, generator)
+    if metric == "remove":
+        return designs.extremes(rows, n, sizes, _targets(scores, rows, targets), weight, generator)
+    if rows.grouped:
+        raise UnsupportedError(
+            message("groups cannot be relabelled", remedy="use scores of single examples for metric='relabel'")
+        )
+    chosen = _suspects(run, n, relabel) if labels is None else labels
+    return designs.relabelled(rows, run.problem.data, chosen, relabel)
+
+
+def _answer(
+    scores: Attribution,
+    metric: str,
+    design: Design,
+    done: list[Outcome],
+    plan: RetrainingPlan,
+    bitwise: bool,
+    seed: int,
+    seconds: float,
+) -> Validation:
+    """The outcomes (as trained, then of every change) beside what the scores predicted."""
+    before = done[0].values
     hits = [torch.nan if outcome.hits is None else float(outcome.hits.mean()) for outcome in done]
     return Validation(
         metric=metric,
         method=scores.method,
         predicted=design.predicted,
-        actual=torch.stack([outcome.values - before for outcome in changed]),
+        actual=torch.stack([outcome.values - before for outcome in done[1:]]),
         before=before,
         query_ids=scores.query_ids,
         items=tuple(design.items),
         accuracy=torch.tensor(hits[1:], dtype=torch.float64),
         accuracy_before=hits[0],
         seed=seed,
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
         threads=plan.threads,
-        bitwise=early,
+        bitwise=bitwise,
         plan=str(plan),
+        run=scores.run,
     )
 
 
@@ -156,45 +193,6 @@ def _carried_out(
     return [done[k] for k in range(len(changes))], plan, done[0].bitwise
 
 
-def _columns(scores: Attribution, queries: Any, aggregate: Any) -> Columns:
-    kind = aggregate if isinstance(aggregate, str) or aggregate is None else torch.as_tensor(aggregate)
-    columns = Columns.make(kind, length_of(queries))
-    if columns.count != len(scores.query_ids):
-        raise MismatchError(
-            message(
-                "the scores are not those of these queries",
-                expected=f"{len(scores.query_ids)} columns, as the scores have",
-                got=f"{columns.count} columns from {length_of(queries)} queries",
-                cause="other queries, or scores with aggregate=",
-                remedy="give the queries, and aggregate=, as they were given to attribute",
-            )
-        )
-    return columns
-
-
-def _rows(run: Run, scores: Attribution, groups: Any) -> Rows:
-    total = scores.total.double()
-    if not bool(total.isfinite().all()):
-        raise NonFiniteError(message("the scores are not finite", remedy="attribute again: they were altered"))
-    if groups is not None:
-        numbers, _, count = group_numbers(groups, run.num_examples, "groups", "training example")
-        if count != len(scores.train_ids):
-            raise MismatchError(
-                message("the scores are not those of these groups", expected=f"{count} rows", got=len(scores.train_ids))
-            )
-        return Rows(total, scores.train_ids, numbers)
-    if len(scores.train_ids) and int(scores.train_ids.max()) >= run.num_examples:
-        raise MismatchError(
-            message(
-                "the scores are not those of this run",
-                expected=f"train ids below {run.num_examples}",
-                got=int(scores.train_ids.max()),
-                cause="scores of another run or data set",
-            )
-        )
-    return Rows(total, scores.train_ids, None)
-
-
 def _targets(scores: Attribution, rows: Rows, targets: Sequence[int] | None) -> list[tuple[int | None, Tensor]]:
     if targets is None:
         return [(None, rows.mean())]
@@ -211,13 +209,6 @@ def _count(metric: str, n: int | None) -> int:
     if n is not None and n < 1:
         raise MismatchError(message("nothing to retrain", expected="n of at least 1", got=n))
     return COUNTS[metric] if n is None else n
-
-
-def _refuse_groups(groups: Any) -> None:
-    if groups is not None:
-        raise UnsupportedError(
-            message("groups cannot be relabelled", remedy="use scores of single examples for metric='relabel'")
-        )
 
 
 def _suspects(run: Run, n: int, relabel: Relabel) -> dict[int, int]:

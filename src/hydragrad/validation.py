@@ -43,7 +43,8 @@ class Validation:
 
     ``before`` [M]: m_j as trained; ``items``: what was changed; ``accuracy`` [n] and ``accuracy_before``: fraction of
     queries that are right (NaN if not asked); ``seed``: of the choice and of the bootstrap; ``plan``, ``seconds``;
-    ``threads``: torch's, of all replays; ``bitwise``: replaying as trained gave the recorded model bit for bit.
+    ``threads``: torch's, of all replays; ``bitwise``: replaying as trained gave the recorded model bit for bit;
+    ``run``: tells the run that was retrained from others (empty: not known).
 
     Example: ``print(hydragrad.validate(run, scores, test_set))``.
     """
@@ -62,6 +63,7 @@ class Validation:
     threads: int
     bitwise: bool
     plan: str
+    run: str = ""
 
     @property
     def finite(self) -> Tensor:
@@ -89,6 +91,22 @@ class Validation:
         error = (self.predicted - self.actual)[self.finite].norm()
         return float(error / self.actual[self.finite].norm())
 
+    @property
+    def what(self) -> str:
+        """What was done to the training data, in words."""
+        return _WHAT[self.metric]
+
+    @property
+    def conclusion(self) -> str:
+        """What the rank correlation says of the scores, in words."""
+        mean = self.correlation.mean
+        if mean != mean:
+            return "undefined: too few changes, or none with any effect"
+        words = next(words for least, words in _WORDS if mean >= least)
+        if self.correlation.low <= 0 <= self.correlation.high and abs(mean) >= 0.2:
+            words += ", but so few retrainings could show that by chance"
+        return words
+
     def curves(self, target: int | None = None) -> "dict[str, list[Point]]":
         """For "remove": kind -> points by size, of one query id, or of the mean over the queries (None).
 
@@ -114,22 +132,15 @@ class Validation:
 
     def __str__(self) -> str:
         n, M = self.actual.shape
-        mean = self.correlation.mean
         lines = [
-            f"{self.method} scores put to the proof by {_WHAT[self.metric]}: {n} retrainings, {M} queries, "
-            f"{self.seconds:.1f} s",
+            f"{self.method} scores put to the proof by {self.what}: {n} retrainings, {M} queries, {self.seconds:.1f} s",
             f"  rank correlation of predicted and real change: {self.correlation}",
             f"    1: ordered as retraining orders them; 0: no relation. Mean over the queries, over {n} changes each",
             f"  linear correlation {float(self.pearson.nanmean()):.2f}; relative error of the sizes "
             f"{self.relative_error:.2f}",
         ]
-        words = "undefined: too few changes, or none with any effect"
-        if mean == mean:
-            words = next(words for least, words in _WORDS if mean >= least)
-            if self.correlation.low <= 0 <= self.correlation.high and abs(mean) >= 0.2:
-                words += ", but so few retrainings could show that by chance"
-        lines.append(f"  so: {words}")
-        return "\n".join([*lines, *self._curve_lines(), *(f"  - {note}" for note in self._notes())])
+        lines.append(f"  so: {self.conclusion}")
+        return "\n".join([*lines, *self._curve_lines(), *(f"  - {note}" for note in self.notes)])
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row a retraining and query: item, kind, size, ids, query, predicted, actual."""
@@ -162,7 +173,7 @@ class Validation:
         ids = torch.tensor([i for item in self.items for i in item.ids], dtype=torch.int64)
         about = {
             name: getattr(self, name)
-            for name in ("metric", "method", "accuracy_before", "seed", "seconds", "threads", "bitwise", "plan")
+            for name in ("metric", "method", "accuracy_before", "seed", "seconds", "threads", "bitwise", "plan", "run")
         }
         about["items"] = [{k: v for k, v in asdict(item).items() if k != "ids"} for item in self.items]
         tensors = {name: getattr(self, name) for name in _TENSORS} | {"ids": ids, "counts": counts}
@@ -207,7 +218,9 @@ class Validation:
                     lines.append(f"    {'':8} accuracy (as trained {self.accuracy_before:.3f})  {right}")
         return lines
 
-    def _notes(self) -> list[str]:
+    @property
+    def notes(self) -> list[str]:
+        """What to keep in mind with these numbers, in words."""
         notes = []
         if self.metric == "relabel":
             notes.append(

@@ -85,7 +85,9 @@ class Hypergradients:
                     values[:, chosen] -= self.buffers @ of_buffers.T
         seconds = self.diagnostics.seconds + time.perf_counter() - began
         diagnostics = Diagnostics(**{**vars(self.diagnostics), "seconds": seconds})
-        return Attribution(values, self.examples, torch.arange(columns.count), self.method, diagnostics)
+        return Attribution(
+            values, self.examples, torch.arange(columns.count), self.method, diagnostics, run=identity(self.run.steps)
+        )
 
     @staticmethod
     def load(path: str | Path, run: Run) -> "Hypergradients":

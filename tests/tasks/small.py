@@ -41,6 +41,7 @@ def make(hidden=3, lr=0.1, loss=loss):
 
 small = make()
 wider = make(hidden=5)
+slower = make(lr=0.01)
 squared = make(loss=lambda model, batch: loss(model, batch) ** 2)
 eleven = 11
 

@@ -163,7 +163,14 @@ def test_wrong_questions_are_refused(
         hg.validate(run, scores, TASK.test, **QUIET, **changes)
 
 
-def test_scores_of_elsewhere_are_refused(run: hg.Run, scores: hg.Attribution) -> None:
+def test_scores_of_elsewhere_are_refused(run: hg.Run, scores: hg.Attribution, tmp_path: Path) -> None:
+    other = hg.train(replace(TASK, seed=1), tmp_path / "other")
+    saved = hg.Attribution.load(scores.save(tmp_path / "scores"))
+    for stranger in (scores, saved, scores.averaged()):
+        with pytest.raises(hg.MismatchError, match=r"not those of this run.*a run with other steps"):
+            hg.validate(other, stranger, TASK.test, aggregate=None if len(stranger.query_ids) > 1 else "mean", **QUIET)
+    again = hg.train(TASK, tmp_path / "again", checkpoint_every=2)
+    assert hg.validate(again, saved, TASK.test, n=2, **QUIET).run == scores.run, "the same training, stored otherwise"
     with pytest.raises(hg.MismatchError, match=r"not those of this run.*below 22"):
         hg.validate(run, replace(scores, train_ids=scores.train_ids + 5), TASK.test, **QUIET)
     with pytest.raises(hg.NonFiniteError, match="scores are not finite"):

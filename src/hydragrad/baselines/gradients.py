@@ -18,6 +18,7 @@ from hydragrad.hypergradient.scaled import PerExampleGradients
 from hydragrad.run import Run
 from hydragrad.step.objective import Objective, Point, Vectors
 from hydragrad.trajectory.batches import BatchSource
+from hydragrad.trajectory.identity import identity
 from hydragrad.trajectory.state import State
 
 MEMORY = 2**29
@@ -141,9 +142,8 @@ class Setting:
             plan=plan,
             reasons=("a baseline: nothing was retrained to check it", *reasons),
         )
-        return Attribution(
-            values, torch.arange(self.run.num_examples), torch.arange(self.columns.count), method, diagnostics
-        )
+        rows, columns = torch.arange(self.run.num_examples), torch.arange(self.columns.count)
+        return Attribution(values, rows, columns, method, diagnostics, run=identity(self.run.steps))
 
     def _gradients(self, point: Point, ids: Tensor) -> Tensor:
         if self._trusted is not False:

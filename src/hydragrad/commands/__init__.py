@@ -1,1 +1,1 @@
-"""The command line: demo, train, attribute, validate, mislabels, verify (needs typer and rich)."""
+"""The command line: demo, train, attribute, validate, mislabels, report, verify (needs typer and rich)."""

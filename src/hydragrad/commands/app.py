@@ -10,8 +10,9 @@ import hydragrad
 from hydragrad.attributing import attribute as attribute_run
 from hydragrad.attribution import Attribution
 from hydragrad.commands.console import Refusing, console, interactive, say
-from hydragrad.commands.options import RunFolder, TaskName, TaskOption, file_to_write
+from hydragrad.commands.options import RunFolder, TaskName, TaskOption, file_to_write, known_queries
 from hydragrad.commands.proving import validate
+from hydragrad.commands.reporting import report
 from hydragrad.commands.suspicion import mislabels
 from hydragrad.planning import plan
 from hydragrad.report.tables import ranking_table
@@ -63,6 +64,7 @@ def hydragrad_command(
         hydragrad attribute runs/digits --task digits --query 3 --top 10 --out scores.safetensors
         hydragrad validate runs/digits --task digits --scores scores.safetensors
         hydragrad mislabels runs/digits --task digits
+        hydragrad report runs/digits --task digits --scores scores.safetensors
 
     A training loop of your own is recorded from Python: see hydragrad.record.
     """
@@ -70,7 +72,7 @@ def hydragrad_command(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture, the run and the scores.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the page, the run and the scores.")] = Path(
         "demo-output"
     ),
     train_size: Annotated[int, typer.Option(hidden=True)] = 1437,
@@ -78,11 +80,11 @@ def demo(
     epochs: Annotated[int, typer.Option(hidden=True)] = 15,
     removed: Annotated[int, typer.Option(hidden=True)] = 20,
 ) -> None:
-    """See it work: digits with wrong labels, three methods, real retraining, a picture. About a minute.
+    """See it work: digits with wrong labels, three methods, real retraining, a page. A minute or two.
 
     Trains a small network on handwritten digits of which a tenth have a wrong label, attributes all test images by
-    all three methods, checks the scores against really training without some examples, and draws the training images
-    behind a mistake.
+    all three methods, checks the scores against really training without some examples, and writes a page that shows
+    the training images behind the worst mistakes.
 
         hydragrad demo
         hydragrad demo --out demo-output
@@ -173,7 +175,8 @@ def attribute(
     Read saved scores in Python: hydragrad.Attribution.load("scores.safetensors").
     """
     chosen = resolve_task(task)
-    _check_places(chosen, query or [], out)
+    known_queries(query, len(chosen.test))
+    file_to_write(out, "--out")
     bound = chosen.load(run)
     budget = None if memory is None else memory * 2**20
     if resume is None:
@@ -192,25 +195,10 @@ def attribute(
         )
 
 
-def _check_places(task: Task, queries: list[int], out: Path | None) -> None:
-    """Before anything long: what could not be shown or saved afterwards."""
-    for query in queries:
-        if not 0 <= query < len(task.test):
-            raise typer.BadParameter(f"{query} is no test example: 0 to {len(task.test) - 1}", param_hint="--query")
-    file_to_write(out, "--out")
-
-
 def _show(scores: Attribution, task: Task, run: Run, queries: list[int], top: int) -> None:
     views = [(f"test example {query}", scores, query) for query in queries]
     if not queries:
-        whole = Attribution(
-            scores.values.mean(1, keepdim=True),
-            scores.train_ids,
-            scores.query_ids[:1],
-            scores.method,
-            scores.diagnostics,
-        )
-        views = [(f"the mean over {len(task.test)} test examples", whole, 0)]
+        views = [(f"the mean over {len(task.test)} test examples", scores.averaged(), 0)]
     for words, view, query in views:
         for title, largest in (("Helped most", True), ("Harmed most", False)):
             say(f"{title}: {words}")
@@ -219,3 +207,4 @@ def _show(scores: Attribution, task: Task, run: Run, queries: list[int], top: in
 
 app.command()(validate)
 app.command()(mislabels)
+app.command()(report)

@@ -1,4 +1,4 @@
-"""The demo: wrong labels among digits, three methods, real retraining, a picture; every number is measured here."""
+"""The demo: wrong labels among digits, three methods, real retraining, a page; every number is measured here."""
 
 import statistics
 import time
@@ -16,9 +16,11 @@ from hydragrad.labels import label_of
 from hydragrad.report.measures import Found, mean_spearman, precision_recall
 from hydragrad.report.pictures import Tile, draw_evidence
 from hydragrad.report.tables import plain_table
+from hydragrad.reporting import write_report
 from hydragrad.retraining.measuring import losses_at
 from hydragrad.run import Run
 from hydragrad.signals.along import mean_losses
+from hydragrad.suspecting import mislabels
 from hydragrad.tasks.task import Task
 from hydragrad.tasks.training import loader_of, train
 from hydragrad.validating import validate
@@ -61,6 +63,7 @@ class DemoResult:
     found_by_harm: Found
     query: int
     picture: Path
+    page: Path
     seconds: float
 
 
@@ -101,8 +104,14 @@ def _run(out: Path, task: Task, removed: int) -> DemoResult:
     by_loss, by_harm = _flipped_found(run, task, scores["exact"])
     query, picture = _draw(out / "demo.png", run, task, scores["exact"])
     scores["exact"].save(out / "scores.safetensors")
+    proof.save(out / "proof.safetensors")
+    page = write_report(
+        out / "report.html", run, scores["exact"], task.test, validation=proof,
+        suspects=mislabels(run, progress=interactive()), show=task.show, true_labels=task.true_labels,
+        title="Why did the network say so?",
+    )  # fmt: skip
     seconds = time.perf_counter() - began
-    result = DemoResult(results, by_loss, by_harm, query, picture, seconds)
+    result = DemoResult(results, by_loss, by_harm, query, picture, page, seconds)
     _tell(result, out, task, removed)
     return result
 
@@ -179,7 +188,7 @@ def _tile(task: Task, row: Ranked) -> Tile:
     return Tile(image.reshape(8, 8), str(given), row.score, None if given == true else str(true))
 
 
-def _tell(result: DemoResult, out: Path, task: Task, removed: int) -> None:
+def _tell(result: DemoResult, out: Path, task: Task, count: int) -> None:
     rows = [
         (
             row.method,
@@ -195,23 +204,29 @@ def _tell(result: DemoResult, out: Path, task: Task, removed: int) -> None:
     console.print()
     console.print(plain_table(headers, rows))
     pairs = f"{len(task.train):,} x {len(task.test):,}"
-    say(READING.format(removed=removed, seed=REMOVED_SEED, queries=len(task.test), pairs=pairs), "")
+    say(READING.format(removed=count, seed=REMOVED_SEED, queries=len(task.test), pairs=pairs), "")
     signals = [
         ("own loss, averaged over the run", result.found_by_loss),
         ("harm to the test set (exact scores)", result.found_by_harm),
     ]
     table = [(words, f"{found.precision:.2f}", f"{found.recall:.2f}") for words, found in signals]
     console.print(plain_table(("wrong labels in the worst tenth, by", "precision", "recall"), table))
+    of_run, of_scores = f"{out / 'run'} --task {task.name}", f"--scores {out / 'scores.safetensors'}"
+    removed = out / "removed.safetensors"
     say(
         "own loss: comes free with a recording. harm: asks what hurts these test images, not which labels are wrong.",
         "",
+        f"the page:    {result.page} (open it in a browser: evidence, suspects, proof, checks)",
         f"the picture: {result.picture} (the misclassified test image with the largest loss: {result.query})",
         f"the scores:  {out / 'scores.safetensors'}",
         f"{result.seconds:.0f} s in all",
         "",
         "next, prove the scores (retrains again, and keeps what is done if you stop it):",
-        f"  hydragrad validate {out / 'run'} --task {task.name} --scores {out / 'scores.safetensors'} "
-        f"--metric remove --jobs -1 --resume {out / 'retrained'}",
+        f"  hydragrad validate {of_run} {of_scores} --metric remove --jobs -1 --resume {out / 'retrained'} "
+        f"--out {removed}",
+        "put that and other queries on a page:",
+        f"  hydragrad report {of_run} {of_scores} --validation {removed} --query 3 --query 5 "
+        f"--out {out / 'queries.html'}",
         "and find the wrong labels, with suggestions of the right ones:",
-        f"  hydragrad mislabels {out / 'run'} --task {task.name}",
+        f"  hydragrad mislabels {of_run}",
     )

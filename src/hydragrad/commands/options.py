@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,13 @@ TaskName = Annotated[str, typer.Argument(help=TASK, show_default=False)]
 TaskOption = Annotated[str, typer.Option("--task", "-t", help=TASK, show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="The folder of the recorded run.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+
+
+def known_queries(queries: Sequence[int] | None, count: int) -> None:
+    """Refuse test examples that there are not as wrong usage, before anything long."""
+    for query in queries or []:
+        if not 0 <= query < count:
+            raise typer.BadParameter(f"{query} is no test example: 0 to {count - 1}", param_hint="--query")
 
 
 def file_to_write(path: Path | None, option: str) -> None:

@@ -1,8 +1,10 @@
-"""The picture of a validation: predicted against real changes, or curves of removal."""
+"""A validation to look at: predicted against real changes, or curves of removal."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydragrad.report.charts import Chart, curves, scatter
+from hydragrad.report.content import Proof
 from hydragrad.report.pictures import FAINT, HARMED, HELPED, INK, QUIET, figure_on_file
 
 if TYPE_CHECKING:
@@ -27,6 +29,33 @@ def draw_validation(path: str | Path, validation: "Validation", *, dpi: int = 13
     return save(path, dpi)
 
 
+def proof_of(validation: "Validation") -> Proof:
+    """A validation for a page: what was done, how well it agrees, a chart."""
+    n, M = validation.actual.shape
+    words = [
+        f"{n} retrainings, {M} queries. Rank correlation of predicted and real change: {validation.correlation}.",
+        f"{validation.conclusion[:1].upper()}{validation.conclusion[1:]}.",
+        *(f"{note[:1].upper()}{note[1:]}." for note in validation.notes),
+    ]
+    return Proof(f"{validation.method} scores against {validation.what}", words, _chart(validation, words[0]))
+
+
+def _chart(validation: "Validation", words: str) -> Chart | None:
+    kept = validation.finite
+    if not bool(kept.any()):
+        return None
+    if validation.metric != "remove":
+        predicted, actual = (x[kept].flatten().double() for x in (validation.predicted, validation.actual))
+        return scatter(predicted, actual, words)
+    found = validation.curves(_first_target(validation))
+    return curves({kind: [(p.size, p.predicted, p.actual) for p in points] for kind, points in found.items()}, words)
+
+
+def _first_target(validation: "Validation") -> int | None:
+    """The first query (None: their mean) that removal was aimed at."""
+    return next(item.target for item in validation.items if item.kind == "helpful")
+
+
 def _scatter(axes: Any, validation: "Validation") -> None:
     kept = validation.finite
     x, y = validation.predicted[kept].flatten(), validation.actual[kept].flatten()
@@ -41,8 +70,7 @@ def _scatter(axes: Any, validation: "Validation") -> None:
 
 
 def _curves(axes: Any, validation: "Validation") -> None:
-    targets = [item.target for item in validation.items if item.kind == "helpful"]
-    target = targets[0]
+    target = _first_target(validation)
     for kind, points in validation.curves(target).items():
         sizes = [0, *(p.size for p in points)]
         axes.plot(sizes, [0.0, *(p.actual for p in points)], color=_COLOURS[kind], marker="o", label=kind)

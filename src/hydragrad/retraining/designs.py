@@ -52,6 +52,11 @@ class Rows:
         self.scores, self.ids, self._groups = scores, row_ids, groups
         self.count = len(row_ids)
 
+    @property
+    def grouped(self) -> bool:
+        """Whether the rows are groups of examples."""
+        return self._groups is not None
+
     def members(self, rows: Tensor) -> tuple[int, ...]:
         """The examples behind these rows, in order."""
         chosen = self.ids[rows]

@@ -1,6 +1,6 @@
 """Signals from the states along the run: losses, losses under other labels, gradients of each example's own loss."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -71,20 +71,27 @@ def candidate_labels(
 
     ``given``: the place of each example's own label among the classes.
     """
-    asked = [queries_of(run, _Relabelled(run.problem.data, label, relabel)) for label in classes]
+    tried = label_losses(run, run.problem.data, classes, relabel)
     states = stored_along(run, most)
     own = given[:, None]
     total = [torch.zeros(run.num_examples, len(classes)) for _ in range(2)]
     total += [torch.zeros(run.num_examples) for _ in range(2)]
     for step in tqdm(states, desc="trying labels", unit="state", delay=2, disable=not progress):
-        state = run.trajectory.state(step)
-        losses = torch.stack([queries.values(state).cpu().float() for queries in asked], dim=1)
+        losses = tried(run.trajectory.state(step))
         p = torch.softmax(-losses, 1)
         el2n = p.scatter_add(1, own, -torch.ones_like(own, dtype=p.dtype)).norm(dim=1)
         margin = p.scatter(1, own, -1.0).max(1).values - p.gather(1, own)[:, 0]
         for sums, now in zip(total, (losses, p, el2n, margin), strict=True):
             sums += now / len(states)
     return Candidates(*total)
+
+
+def label_losses(
+    run: Run, data: Any, classes: Sequence[int], relabel: Relabel
+) -> Callable[[State], Float[Tensor, "n C"]]:
+    """What gives, of a state, the loss of every example of ``data`` [n] with every label of ``classes`` [C]."""
+    asked = [queries_of(run, _Relabelled(data, label, relabel)) for label in classes]
+    return lambda state: torch.stack([queries.values(state).cpu().float() for queries in asked], dim=1)
 
 
 def self_influence(run: Run, most: int = MOST) -> Float[Tensor, " N"]:

@@ -63,6 +63,7 @@ def digits(
         accuracy=rightness,
         true_labels=true,
         flipped_ids=flipped_ids,
+        show=ink,
     )
 
 
@@ -88,6 +89,11 @@ def rightness(model: nn.Module, batch: Any) -> Tensor:
     """1 where the most likely class of (images, labels) is the label, else 0, [b]."""
     images, labels = batch
     return (model(images).argmax(1) == labels).to(images.dtype)
+
+
+def ink(sample: tuple[Tensor, Tensor]) -> Tensor:
+    """The image of a sample as it was written, [8, 8]: dark ink on white."""
+    return 1 - sample[0].reshape(8, 8)
 
 
 def flip_labels(labels: Tensor, fraction: float, classes: int, seed: int) -> tuple[Tensor, Tensor]:

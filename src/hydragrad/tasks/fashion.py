@@ -13,6 +13,8 @@ from hydragrad.tasks.task import Task
 FILE = "fashion_mnist_2000.npz"
 """Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747; MIT licence, beside the file."""
 
+NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+
 
 def fashion(*, lr: float = 0.02, momentum: float = 0.9, epochs: int = 5, batch_size: int = 64, seed: int = 0) -> Task:
     """The Fashion-MNIST task: pixels / 255, LeNet-5 (ReLU, max pooling), cross entropy, SGD.
@@ -31,6 +33,7 @@ def fashion(*, lr: float = 0.02, momentum: float = 0.9, epochs: int = 5, batch_s
         epochs=epochs,
         seed=seed,
         accuracy=rightness,
+        names=NAMES,
     )
 
 

@@ -1,6 +1,6 @@
 """A training task: everything an ordinary training loop needs, in one place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -24,7 +24,8 @@ class Task:
     ``train`` and ``test``: data sets (``__len__``, ``__getitem__``); ``optimizer(model) -> Optimizer``;
     ``scheduler(optimizer) -> LRScheduler``, stepped once an epoch; ``reduction``: "mean", "sum" or (batch, shape) ->
     coefficients; ``accuracy(model, batch) -> [b]`` of 0 and 1, for classifiers. Where labels were spoilt on purpose:
-    ``true_labels`` [N] and ``flipped_ids``, for evaluation only.
+    ``true_labels`` [N] and ``flipped_ids``, for evaluation only. For reports: ``show(sample) -> image or text`` where
+    the input is not what a reader should see (token ids, flattened images), and ``names`` of the labels 0, 1, ...
 
     Example: ``run = hydragrad.train(task, "runs/mine")``, and in another process ``run = task.load("runs/mine")``.
     """
@@ -44,6 +45,8 @@ class Task:
     accuracy: Callable[[nn.Module, Any], Tensor] | None = None
     true_labels: Tensor | None = None
     flipped_ids: Tensor | None = None
+    show: Callable[[Any], Tensor | str] | None = None
+    names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs"):
