@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import memory, speed
+from benchmarks import memory, recording, speed
 
 
 def main() -> None:
@@ -31,9 +31,10 @@ def main() -> None:
                 f"compilation {row['compile_seconds']:.0f} s; {row['plan']}",
                 flush=True,
             )
-        overhead = speed.recording_overhead(Path(folder))
-    if overhead is not None:
-        print(f"recording overhead, LeNet-5: {100 * overhead['overhead']:.1f} % (goal 5 %)", flush=True)
+        overheads = {}
+        for name, training in recording.trainings().items():
+            overheads[name] = recording.overhead(training, Path(folder) / f"overhead {len(overheads)}", seconds=30)
+            print(recording.described(name, overheads[name], options.threads), flush=True)
     peaks = memory.compare()
     few, many, result = (peaks[key] / 2**20 for key in ("few_bytes", "many_bytes", "result_bytes"))
     print(
@@ -43,7 +44,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"torch": torch.__version__, "machine": platform.machine(), "threads": options.threads}
     options.out.write_text(
-        json.dumps({"about": about, "speed": rows, "recording": overhead, "memory": peaks}, indent=1)
+        json.dumps({"about": about, "speed": rows, "recording": overheads, "memory": peaks}, indent=1)
     )
     print(f"written to {options.out}")
 

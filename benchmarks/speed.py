@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 import hydragrad as hg
-from benchmarks.workloads import Workload, digits, fashion, loss
+from benchmarks.workloads import Workload, digits, fashion
 
 METHODS = ("exact", "gauss-newton", "hessian-free")
 # Goals for (workload, number of queries, compiled): ratio per query by method. One query alone rises by 1.0 where the
@@ -79,35 +78,6 @@ def measure(workload: Workload, run: hg.Run, queries: int, compiled: bool, repea
 
 def attribute(run: hg.Run, asked: Any, method: str, compiled: bool) -> hg.Attribution:
     return hg.attribute(run, asked, method=method, compile=compiled, check=False, progress=False)
-
-
-def recording_overhead(folder: Path, epochs: int = 12) -> dict[str, float] | None:
-    """LeNet-5 with an ordinary DataLoader, epochs with and without recording in turns: median seconds an epoch."""
-    workload = fashion(2000, 1)
-    if workload is None:
-        return None
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    for turn in range(epochs):
-        for recorded in (bool(turn % 2), not turn % 2):
-            model = workload.model()
-            optimizer = workload.optimizer(model)
-            loader = DataLoader(workload.train, batch_size=64, shuffle=True)
-            if recorded:
-                with hg.record(folder / f"{turn}", model, optimizer, reduction="mean") as recording:
-                    _epoch(model, optimizer, recording.batches(loader))  # the first checkpoint is made here
-                    seconds[True].append(clock(lambda: _epoch(model, optimizer, recording.batches(loader)))[0])  # noqa: B023
-            else:
-                _epoch(model, optimizer, loader)
-                seconds[False].append(clock(lambda: _epoch(model, optimizer, loader))[0])  # noqa: B023
-    plain, recorded = (statistics.median(seconds[key]) for key in (False, True))
-    return {"plain_seconds": plain, "recorded_seconds": recorded, "overhead": recorded / plain - 1, "goal": 0.05}
-
-
-def _epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Any) -> None:
-    for batch in batches:
-        optimizer.zero_grad()
-        loss(model, batch).mean().backward()
-        optimizer.step()
 
 
 def all_rows(folder: Path, *, compile: bool = True) -> Iterator[dict[str, Any]]:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hydragrad.run import Run
+from hydragrad.trajectory.generators import GENERATORS
 from hydragrad.trajectory.moments import Backwards, forwards
-from hydragrad.trajectory.randomness import GENERATORS, RandomState, RandomWatch, seeded, undisturbed
+from hydragrad.trajectory.randomness import RandomState, RandomWatch, Seeding, seeded, undisturbed
 from hydragrad.trajectory.recording import record
 from hydragrad.verification import verify
 from tests.trajectory.loops import (
@@ -97,6 +98,44 @@ def test_a_kept_normal_number_that_goes_is_a_draw() -> None:
         drawn = watch.end()
         assert drawn is not None
         assert set(drawn[0]) == {"numpy"}
+
+
+def test_draws_that_bring_a_twister_back_to_its_place_are_seen() -> None:
+    watch = RandomWatch(CPU)
+    whole_turns: dict[str, Callable[[], Any]] = {
+        "numpy": lambda: np.random.bytes(4 * 624),
+        "python": lambda: random.getrandbits(32 * 624),
+        "torch": lambda: torch.empty(624, dtype=torch.int32).random_(),
+    }
+    for name, draw in whole_turns.items():
+        for turns in (1, 2):
+            watch.begin()
+            for _ in range(turns):
+                draw()
+            drawn = watch.end()
+            assert drawn is not None, name
+            assert set(drawn[0]) == {name}
+
+
+@pytest.mark.parametrize("drawing", [*DRAWS, "all", "none", "sometimes"])
+def test_seeding_many_calls_gives_what_seeding_each_gives(drawing: str) -> None:
+    def draw(i: int) -> list[Any]:
+        if drawing == "all":
+            return everything()
+        return [DRAWS[drawing]()] if drawing in DRAWS else [random.random()] if drawing == "sometimes" and i > 2 else []
+
+    expected = []
+    for i in range(6):
+        with seeded("many", i):
+            expected.append(draw(i))
+    for _ in range(2):
+        np.random.standard_normal()
+        random.gauss(0, 1)
+        before, seeding = RandomState.capture().tensors(), Seeding()
+        with seeding.calls() as call:
+            assert [call(lambda i=i: draw(i), "many", i) for i in range(6)] == expected
+        for name, tensor in RandomState.capture().tensors().items():
+            assert torch.equal(tensor, before[name]), name
 
 
 def dropping() -> nn.Module:

@@ -14,7 +14,7 @@ from hydragrad.hypergradient.curvature import over_block, vjp
 from hydragrad.problem import Problem
 from hydragrad.step.objective import Objective, Vectors
 from hydragrad.trajectory.batches import BatchSource
-from hydragrad.trajectory.fingerprints import batch_digests
+from hydragrad.trajectory.digests import batch_digests
 from hydragrad.trajectory.state import State
 
 _TOGETHER = 16

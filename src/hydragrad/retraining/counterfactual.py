@@ -9,7 +9,7 @@ import torch
 from hydragrad.errors import MismatchError, UnsupportedError, message
 from hydragrad.problem import Problem
 from hydragrad.run import Run, kept_random_state
-from hydragrad.trajectory.fingerprints import batch_digests, describe_batch
+from hydragrad.trajectory.digests import batch_digests, describe_batch
 from hydragrad.trajectory.state import State
 
 

@@ -19,7 +19,7 @@ from hydragrad.problem import Problem
 from hydragrad.retraining.counterfactual import Change, retrained
 from hydragrad.run import Run
 from hydragrad.shapes import Float
-from hydragrad.trajectory.fingerprints import batch_digests
+from hydragrad.trajectory.digests import batch_digests
 from hydragrad.trajectory.identity import identity
 from hydragrad.trajectory.state import State
 from hydragrad.trajectory.store import Trajectory

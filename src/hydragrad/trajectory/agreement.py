@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hydragrad.errors import message
-from hydragrad.trajectory.fingerprints import batch_digests, describe_batch
+from hydragrad.trajectory.digests import batch_digests, describe_batch
 from hydragrad.trajectory.state import State
 
 # Rounding of a loss that is written in another way (a mean inside cross_entropy) stays far below these.

@@ -1,11 +1,12 @@
 """Random augmentation that comes out the same whenever the same example is asked for in the same epoch."""
 
+from collections.abc import Sequence
 from typing import Any, final
 
 from torch.utils.data import Dataset
 
 from hydragrad.errors import UnsupportedError, message
-from hydragrad.trajectory.randomness import seeded
+from hydragrad.trajectory.randomness import Seeding, seeded
 
 
 @final
@@ -37,17 +38,28 @@ class Augmented(Dataset):
 
     def __init__(self, dataset: Any, seed: int = 0) -> None:
         self.dataset, self.seed = dataset, seed
+        self._seeding = Seeding()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        many = isinstance(index, (list, tuple))
-        asked = list(index) if many else [index]
-        positions = [int(i) % len(self) for i in asked]
-        epoch = getattr(asked[0], "epoch", 0) if asked else 0
-        with seeded("augmented", self.seed, epoch, positions):
-            return self.dataset[positions if many else int(index)]
+        if not isinstance(index, (list, tuple)):
+            return self.__getitems__([index])[0]
+        positions = [int(i) % len(self) for i in index]
+        with seeded("augmented", self.seed, getattr(index[0], "epoch", 0) if index else 0, positions):
+            return self.dataset[positions]
+
+    def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
+        """The examples one by one; a DataLoader asks for a batch so, and the generators are put back once for all."""
+        length = len(self)
+        with self._seeding.calls() as call:
+            return [
+                call(
+                    lambda i=int(i): self.dataset[i], "augmented", self.seed, getattr(i, "epoch", 0), [int(i) % length]
+                )
+                for i in indices
+            ]
 
 
 def in_epoch(data: Any, index: Any, epoch: int) -> Any:

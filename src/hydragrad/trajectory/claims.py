@@ -10,7 +10,7 @@ from hydragrad.trajectory.watching import Ran
 
 
 @final
-@dataclass
+@dataclass(slots=True)
 class PendingBatch:
     """A yielded batch that no step has claimed yet. ``place``: of a skipped one, how many micro-batches precede it."""
 
@@ -26,7 +26,7 @@ class PendingBatch:
 
 
 @final
-@dataclass
+@dataclass(slots=True)
 class Gathered:
     """What has gathered since the last step."""
 

@@ -1,5 +1,6 @@
 """Watching a torch DataLoader: which ids each batch holds, without changing a batch or a random number."""
 
+import array
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,23 +19,31 @@ _BY_HAND = "give the ids yourself: recording.batches(iterable, indices=[[ids of 
 
 def as_ids(index: Any, length: int | None) -> Tensor:
     """The ids that a sampler yielded for one batch (an int or a sequence of ints), int64 [b], non-negative."""
+    if type(index) is list and index and length is not None:
+        try:
+            plain = array.array("q", index)
+        except (TypeError, OverflowError):
+            pass  # for the slower way to say what they are
+        else:
+            if min(plain) >= 0 and max(plain) < length:
+                return torch.frombuffer(plain, dtype=torch.int64)
     try:
-        array = np.array(index.detach().cpu() if isinstance(index, Tensor) else index).reshape(-1)
-        if array.size and array.dtype.kind not in "iu":
-            raise TypeError(f"ids of {array.dtype}")
-        array = array.astype(np.int64)
+        ids = np.array(index.detach().cpu() if isinstance(index, Tensor) else index).reshape(-1)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise TypeError(f"ids of {ids.dtype}")
+        ids = ids.astype(np.int64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UnsupportedError(
             message("the sampler does not yield integer ids", expected="ints", got=repr(index)[:80], remedy=_BY_HAND)
         ) from error
-    if length is not None and array.size:
-        if array.min() < 0:
-            array = np.where(array < 0, array + length, array)
-        if array.min() < 0 or array.max() >= length:
+    if length is not None and ids.size:
+        if ids.min() < 0:
+            ids = np.where(ids < 0, ids + length, ids)
+        if ids.min() < 0 or ids.max() >= length:
             raise MismatchError(
-                message("an id lies outside the data", expected=f"0 to {length - 1}", got=f"{array.tolist()[:8]}")
+                message("an id lies outside the data", expected=f"0 to {length - 1}", got=f"{ids.tolist()[:8]}")
             )
-    return torch.from_numpy(array)
+    return torch.from_numpy(ids)
 
 
 @final

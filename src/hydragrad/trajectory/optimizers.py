@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -54,6 +54,35 @@ def hyperparameters(optimizer: Optimizer, names: list[list[str]]) -> tuple[Hyper
         {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}
         for group in optimizer.param_groups
     )
+
+
+@final
+class HyperNotes:
+    """Hyperparameters of an optimizer's param groups, the same tuple until one changes.
+
+    ``names``: of each group's parameters. Comparing the groups as they lie there costs a microsecond; only what that
+    cannot tell (tensors and lists, which change in place) is made plain at every step.
+    """
+
+    def __init__(self, params: dict[str, Tensor], optimizer: Optimizer) -> None:
+        self.names = group_names(params, optimizer)
+        self._optimizer = optimizer
+        self._sizes = [len(names) for names in self.names]
+        self._seen: list[dict[str, Any]] = []
+        self._last: tuple[Hyper, ...] = ()
+
+    def now(self) -> tuple[Hyper, ...]:
+        """As ``hyperparameters``."""
+        groups = self._optimizer.param_groups
+        if groups == self._seen and [len(group["params"]) for group in groups] == self._sizes:
+            return self._last
+        found = hyperparameters(self._optimizer, self.names)
+        if found != self._last:
+            self._last = found
+        held = [value for group in groups for key, value in group.items() if key not in ("params", "param_names")]
+        fixed = all(value is None or isinstance(value, (bool, int, float, str, tuple)) for value in held)
+        self._seen = [dict(group) for group in groups] if fixed else []
+        return self._last
 
 
 def _plain(value: Any) -> Any:

@@ -1,11 +1,10 @@
 """The random generators that training draws from (torch's, numpy's, Python's): read, set, watched, followed again."""
 
 import contextlib
-import ctypes
 import hashlib
 import random
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -13,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydragrad.errors import StoreError, UnsupportedError, message
-
-GENERATORS = ("torch", "cuda", "numpy", "python")
+from hydragrad.errors import StoreError, message
+from hydragrad.trajectory.generators import GENERATORS, Looks, changed, look, plain, put, to_tensor
 
 _CPU = torch.device("cpu")
+_ON_CPU = ("torch", "numpy", "python")
 
 Draw = Mapping[str, Tensor | None]
 """What a micro-batch drew from: generator -> its state then; None: where the last draw before it had ended."""
@@ -42,8 +41,8 @@ class RandomState:
     def capture(device: "torch.device | str" = "cpu", generators: Sequence[str] = GENERATORS, /) -> "RandomState":
         """The states now."""
         device = torch.device(device)
-        found = _look(device, generators)
-        return RandomState.of({name: _to_tensor(name, value) for name, value in found.items()}, device)
+        found = look(device, generators)
+        return RandomState.of({name: to_tensor(name, value) for name, value in found.items()}, device)
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor], device: "torch.device | str" = "cpu") -> "RandomState":
@@ -59,7 +58,7 @@ class RandomState:
         """Put the global generators into this state."""
         for name, state in self.tensors().items():
             try:
-                _set(name, state, self.device)
+                put(name, state, self.device)
             except (RuntimeError, TypeError, ValueError, struct.error) as error:
                 raise StoreError(
                     message(
@@ -96,12 +95,55 @@ def undisturbed() -> Iterator[None]:
 @contextlib.contextmanager
 def seeded(*key: Any) -> Iterator[None]:
     """Within: the CPU generators of torch, numpy and Python seeded from ``key``. Afterwards: as the caller had them."""
-    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
-    with RandomState.capture("cpu", ("torch", "numpy", "python")).restored():
-        torch.default_generator.manual_seed(seed)
-        np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
-        random.seed(seed)
+    with RandomState.capture("cpu", _ON_CPU).restored():
+        _seed(_ON_CPU, _number(key))
         yield
+
+
+def _number(key: tuple[Any, ...]) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+
+
+def _seed(names: Sequence[str], seed: int) -> None:
+    if "torch" in names:
+        torch.default_generator.manual_seed(seed)
+    if "numpy" in names:
+        np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+    if "python" in names:
+        random.seed(seed)
+
+
+@final
+class Seeding:
+    """Many calls, each with the CPU generators ``seeded`` by a key of its own, at a tenth of the cost.
+
+    numpy and Python are seeded only if the calls are seen to draw from them: the first that does is made again.
+    Example: ``with seeding.calls() as call: samples = [call(lambda: dataset[i], "mine", i) for i in ids]``.
+    """
+
+    def __init__(self) -> None:
+        self._seeded: tuple[str, ...] = ("torch",)
+        self._others: tuple[str, ...] = ("numpy", "python")
+        self._before: Looks = {}
+
+    @contextlib.contextmanager
+    def calls(self) -> Iterator[Callable[..., Any]]:
+        """Within: ``call(function, *key)``. Afterwards: the generators as the caller had them."""
+        before = look(_CPU, _ON_CPU)
+        self._before = {name: before[name] for name in self._others}
+        try:
+            yield self._call
+        finally:
+            for name in changed(before, look(_CPU, _ON_CPU, before)):
+                put(name, to_tensor(name, before[name]), _CPU)
+
+    def _call(self, function: Callable[[], Any], *key: Any) -> Any:
+        while True:
+            _seed(self._seeded, _number(key))
+            value = function()
+            if not self._others or not changed(self._before, look(_CPU, self._others, self._before)):
+                return value
+            self._seeded, self._others = _ON_CPU, ()
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -110,31 +152,27 @@ def seeded(*key: Any) -> Iterator[None]:
 
 @final
 class RandomWatch:
-    """Looks at the generators around every micro-batch, in some twenty microseconds, and says what was drawn from."""
+    """Looks at the generators around every micro-batch and says what was drawn from."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._names = tuple(name for name in GENERATORS if name != "cuda" or device.type == "cuda")
-        self._before: dict[str, Any] | None = None
-        self._numpy: tuple[bytes, int, float] | None = None
+        self._open = False
+        self._last: Looks | None = None
 
     def begin(self) -> None:
         """A micro-batch begins."""
-        self._before = self._look()
+        self._last, self._open = look(self._device, self._names, self._last), True
 
     def end(self) -> "tuple[dict[str, Any], dict[str, Any]] | None":
         """It ended: states before and after of the generators that were drawn from; None: of none."""
-        before, self._before = self._before, None
-        if before is None:
+        if not self._open:
             return None
-        after = self._look()
-        drawn = [name for name in before if before[name] != after[name]]
-        return ({n: before[n] for n in drawn}, {n: after[n] for n in drawn}) if drawn else None
-
-    def _look(self) -> dict[str, Any]:
-        found = _look(self._device, self._names, self._numpy)
-        self._numpy = found["numpy"]
-        return found
+        before, self._open = self._last, False
+        assert before is not None
+        self._last = after = look(self._device, self._names, before)
+        drawn = changed(before, after)
+        return tuple({name: plain(at[name]) for name in drawn} for at in (before, after)) if drawn else None  # type: ignore[return-value]
 
 
 @final
@@ -150,7 +188,7 @@ class DrawWriter:
             return None
         before, after = drawn
         draw = {
-            name: None if self._ends.get(name) == state else _to_tensor(name, state) for name, state in before.items()
+            name: None if self._ends.get(name) == state else to_tensor(name, state) for name, state in before.items()
         }
         self._ends.update(after)
         return draw
@@ -179,76 +217,3 @@ class DrawReader:
         with start.restored():
             yield start
             self.ends.update(RandomState.capture(self._device, tuple(known)).tensors())
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# The generators one by one
-
-
-def _look(device: torch.device, names: Sequence[str], numpy_before: Any = None) -> dict[str, Any]:
-    """Plain comparable states, as cheap as they come."""
-    found: dict[str, Any] = {}
-    for name in names:
-        if name == "torch":
-            found[name] = torch.get_rng_state().numpy().tobytes()
-        elif name == "cuda" and device.type == "cuda":  # seed and offset live on the host: nothing is waited for
-            generator = torch.cuda.default_generators[
-                torch.cuda.current_device() if device.index is None else device.index
-            ]
-            found[name] = struct.pack("<QQ", generator.initial_seed(), generator.get_offset())
-        elif name == "numpy":
-            found[name] = _look_at_numpy(numpy_before)
-        elif name == "python":
-            found[name] = random.getstate()
-    return found
-
-
-def _look_at_numpy(before: tuple[bytes, int, float] | None = None) -> tuple[bytes, int, float]:
-    """The twister's words with its position, and the normal number it keeps for the next call (drawn in pairs).
-
-    Asking numpy takes 30 microseconds. The words can be read in place; where they are as ``before`` and no number was
-    kept, nothing else can have changed.
-    """
-    module: Any = np.random
-    generator = module.get_bit_generator()
-    words = ctypes.string_at(generator.ctypes.state_address, 625 * 4) if type(generator) is np.random.MT19937 else b""
-    if before is not None and words and words == before[0] and not before[1]:
-        return before
-    state: Any = np.random.get_state(legacy=False)
-    if state["bit_generator"] != "MT19937":
-        raise UnsupportedError(
-            message(
-                "numpy's global generator was replaced",
-                expected="MT19937",
-                got=state["bit_generator"],
-                remedy="leave np.random's global generator as it is; generators of your own are not affected",
-            )
-        )
-    words = np.asarray(state["state"]["key"], "<u4").tobytes() + struct.pack("<i", state["state"]["pos"])
-    return words, int(state["has_gauss"]), float(state["gauss"])
-
-
-def _to_tensor(name: str, value: Any) -> Tensor:
-    if name == "numpy":
-        value = value[0] + struct.pack("<id", *value[1:])
-    elif name == "python":
-        _, words, gauss = value
-        value = np.asarray(words, "<u4").tobytes() + struct.pack("<id", gauss is not None, gauss or 0.0)
-    return torch.frombuffer(bytearray(value), dtype=torch.uint8)
-
-
-def _set(name: str, state: Tensor, device: torch.device) -> None:
-    if name == "torch":
-        torch.set_rng_state(state.clone())  # a row of a file may lie unaligned, which torch does not survive
-    elif name == "cuda":
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state, device)
-    else:
-        data = state.numpy().tobytes()
-        words = np.frombuffer(data, "<u4", 625)
-        kept, gauss = struct.unpack_from("<id", data, 625 * 4)
-        if name == "numpy":
-            twister = {"key": words[:624].copy(), "pos": int(words[624])}
-            np.random.set_state({"bit_generator": "MT19937", "state": twister, "has_gauss": kept, "gauss": gauss})
-        else:
-            random.setstate((3, tuple(words.tolist()), gauss if kept else None))

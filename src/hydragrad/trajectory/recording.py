@@ -16,12 +16,12 @@ from hydragrad.errors import HydragradError, MismatchError, StoreError, Unsuppor
 from hydragrad.trajectory.claims import BackwardWatch, Gathered, PendingBatch
 from hydragrad.trajectory.clips import ClipNotes
 from hydragrad.trajectory.describing import describe_run
-from hydragrad.trajectory.fingerprints import GradientFingerprint, batch_digests, describe_batch
+from hydragrad.trajectory.digests import batch_digests, describe_batch
 from hydragrad.trajectory.keeping import keep
-from hydragrad.trajectory.optimizers import group_names, hyperparameters
-from hydragrad.trajectory.randomness import DrawWriter, RandomState, RandomWatch
+from hydragrad.trajectory.noting import Noted, StepNotes
+from hydragrad.trajectory.randomness import RandomState, RandomWatch
 from hydragrad.trajectory.sources import Sources, Watched
-from hydragrad.trajectory.state import Hyper, Pass, State, StepRecord, capture_state, live_buffers
+from hydragrad.trajectory.state import State, capture_state, live_buffers
 from hydragrad.trajectory.thinning import Thinning
 from hydragrad.trajectory.watching import ModelWatch, Modes, unwrapped
 from hydragrad.trajectory.writer import StoreWriter
@@ -106,23 +106,20 @@ class Recording:
         self._plain = plain = unwrapped(model)
         self._params: dict[str, Tensor] = dict(plain.named_parameters())
         self._buffers: dict[str, Tensor] = dict(plain.named_buffers())
-        self._group_names = group_names(self._params, optimizer)
         self._device = next((param.device for param in self._params.values()), torch.device("cpu"))
-        self._fingerprint = GradientFingerprint([param.numel() for param in self._params.values()])
         self._modes = Modes(plain)
         self._watch = ModelWatch(model, plain, self._modes, self._device)
         self._backwards = BackwardWatch(self._backward_seen)
         self._sources, self._clips = Sources(), ClipNotes(self._params)
-        self._random, self._draws = RandomWatch(self._device), DrawWriter()
+        self._notes = StepNotes(self._params, optimizer, self._modes, self._clips, self._scaler)
+        self._random = RandomWatch(self._device)
         self._writer: StoreWriter | None = None
         self._open = contextlib.ExitStack()
         self._initial: State | None = None
         self._batch_leaves: list[dict[str, Any]] = []
         self._now = Gathered()
-        self._last_groups: tuple[Hyper, ...] = ()
-        self._last_none: frozenset[str] = frozenset()
-        self._taken: StepRecord | None = None  # between the hooks of one optimizer step
-        self._steps: list[StepRecord] = []
+        self._taken: Noted | None = None  # between the hooks of one optimizer step
+        self._steps: list[Noted] = []
         self._kept: list[Any] | None = [] if keep_batches else None
         self._count = 0
         self._within = False  # between a batch and what follows it
@@ -263,57 +260,12 @@ class Recording:
             )
         if not self._writer.started:
             self._start()
-        none, frozen, grads = self._gradients()
-        if self._count == 0:
-            self._backwards.watch(self._params, none)
-        passes, draws = self._in_order(batches)
         if self._kept is not None:
             moved = [batch for batch in self._now.skipped if batch.ran is not None and batch.ran.modes is not None]
             self._kept += [batch.content for batch in (*batches, *sorted(moved, key=lambda batch: batch.place))]
-        self._taken = StepRecord(
-            index=self._count,
-            epoch=batches[0].epoch,
-            batches=tuple([batch.ids for batch in batches]),
-            digests=tuple([batch.digests for batch in batches]),
-            groups=self._groups(),
-            without_grad=none,
-            fingerprint=self._fingerprint(grads),
-            modes=self._modes.now(),
-            epochs=tuple([batch.epoch for batch in batches]),
-            loaders=tuple([batch.loader for batch in batches]),
-            skipped=tuple([batch.ids for batch in self._now.skipped]),
-            draws=draws,
-            clips=self._clips.take(),
-            scale=None if self._scaler is None else self._scaler.get_scale(),
-            autocast=tuple([batch.ran and batch.ran.autocast for batch in batches]),
-            frozen=frozen,
-            passes=passes,
-        )
-
-    def _gradients(self) -> tuple[frozenset[str], frozenset[str], list[Tensor | None]]:
-        """Names without a gradient, names that hold one without requiring it, and the gradients."""
-        grads = [param.grad for param in self._params.values()]
-        pairs = list(zip(self._params.items(), grads, strict=True))
-        none = frozenset([name for (name, _), grad in pairs if grad is None])
-        if none != self._last_none:
-            self._last_none = none
-        frozen = frozenset([name for (name, p), grad in pairs if grad is not None and not p.requires_grad])
-        return self._last_none, frozen, grads
-
-    def _in_order(self, batches: list[PendingBatch]) -> tuple[tuple[Pass, ...], tuple[Any, ...]]:
-        """Skipped batches that changed buffers, and what every batch drew, noted in the order of training."""
-        passes, draws = [], []
-        waiting = [batch for batch in self._now.skipped if batch.ran is not None and batch.ran.modes is not None]
-        for k, batch in enumerate([*batches, None]):
-            for skipped in [one for one in waiting if one.place == k]:
-                assert skipped.ran is not None
-                assert skipped.ran.modes is not None
-                draw = self._draws.draw(skipped.drawn)
-                autocast = skipped.ran.autocast
-                passes.append(Pass(skipped.ids, skipped.digests, skipped.epoch, k, skipped.ran.modes, autocast, draw))
-            if batch is not None:
-                draws.append(self._draws.draw(batch.drawn))
-        return tuple(passes), tuple(draws)
+        self._taken = self._notes.note(self._count, batches, self._now.skipped)
+        if self._count == 0:
+            self._backwards.watch(self._params, self._taken.fields["without_grad"])
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._taken is not None
@@ -327,10 +279,9 @@ class Recording:
     def _flush(self, state: State | None) -> None:
         assert self._writer is not None
         if self._steps:
-            self._writer.flush(self._steps, state, self._kept)
+            self._writer.flush(self._notes.segment(self._steps), state, self._kept)
             self._steps = []
             self._kept = None if self._kept is None else []
-            self._draws.forget()
         elif state is not None and state.step not in self._writer.thinning.kept:
             self._writer.keep(state)
 
@@ -340,12 +291,6 @@ class Recording:
             self._count, self._params, live_buffers(self._plain, self._buffers), self._optimizer, random
         )
 
-    def _groups(self) -> tuple[Hyper, ...]:
-        groups = hyperparameters(self._optimizer, self._group_names)
-        if groups != self._last_groups:
-            self._last_groups = groups
-        return self._last_groups
-
     def _start(self) -> None:
         """Write the manifest and the state before the first step, captured when the first batch was yielded."""
         assert self._writer is not None
@@ -353,7 +298,7 @@ class Recording:
         manifest = describe_run(
             self._model,
             self._optimizer,
-            self._group_names,
+            self._notes.groups,
             self._modes.now(),
             self._sources.first,
             self._batch_leaves,

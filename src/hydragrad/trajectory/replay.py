@@ -12,7 +12,8 @@ from hydragrad.problem import Problem
 from hydragrad.trajectory.agreement import explain_data, explain_gradient, gradient_difference, tolerance
 from hydragrad.trajectory.batches import BatchSource, to_device
 from hydragrad.trajectory.binding import lay_out
-from hydragrad.trajectory.fingerprints import GradientFingerprint, batch_digests
+from hydragrad.trajectory.digests import batch_digests
+from hydragrad.trajectory.fingerprints import GradientFingerprint
 from hydragrad.trajectory.optimizers import build_optimizer, restore_optimizer
 from hydragrad.trajectory.randomness import DrawReader, RandomState
 from hydragrad.trajectory.state import Hyper, State, StepRecord, capture_state, live_buffers
