@@ -96,7 +96,7 @@ def test_neither_memory_layout_nor_company_matters_but_dtype_and_shape_do() -> N
     for other in (plain.double(), plain.view(torch.int32), plain.reshape(4, 2, 3)):
         assert bool((batch_digests(other, 4) != expected).all())
     images, labels = CASES["short"].detach(), CASES["labels"]
-    assert bool((batch_digests(labels.view(torch.float64), 4)[:3] != batch_digests(labels, 4)[:3]).all())
+    assert bool((batch_digests(labels.view(torch.float64), 4)[:2] != batch_digests(labels, 4)[:2]).all())
     pair = batch_digests([images, labels], 4)
     assert bool((pair != batch_digests([labels, images], 4)).all())
     assert torch.equal(pair, batch_digests((images, labels), 4))
