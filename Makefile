@@ -49,10 +49,11 @@ bench: $(VENV)/.dev  ## run the benchmarks
 
 compare: $(VENV)/.compare  ## compare with other methods and libraries (hours; PEERS=0: without the libraries)
 ifneq ($(PEERS),0)
-	$(BIN)/python -m comparison.environments
+	-$(BIN)/python -m comparison.environments  # a library that cannot be installed is left out
 endif
 	$(BIN)/python -m comparison $(if $(filter 0,$(PEERS)),--no-peers)
-	$(BIN)/python -m comparison.table
+	$(BIN)/python -m comparison.results
+	$(BIN)/python -m comparison.page
 
 paper: $(VENV)/.dev  ## run the studies behind the tables in the documentation
 	$(BIN)/python -m experiments.approximation

@@ -47,11 +47,20 @@ def _signal(method: Callable[..., object], **settings: object) -> Callable[[Fold
     return signalled
 
 
-METHODS: dict[str, Callable[[Folder], Answer]] = {
+Methods = dict[str, Callable[[Folder], Answer]]
+
+HYPERGRADIENTS: Methods = {
     "exact": _attributed("exact"),
     "smoothed": _attributed("exact", smoothing=16),
     "gauss-newton": _attributed("gauss-newton"),
     "hessian-free": _attributed("hessian-free"),
+}
+SIGNALS: Methods = {
+    "el2n": _suspects,
+    "mean-loss": _signal(mean_losses),
+}
+"""Read off the recorded run."""
+BASELINES: Methods = {
     "influence-cg": _baseline(baselines.influence, iterations=20),
     "influence-cg-gn": _baseline(baselines.influence, iterations=20, curvature="gauss-newton"),
     "influence-lissa": _baseline(baselines.influence, solver="lissa", iterations=500, repeats=3, batch=64),
@@ -63,10 +72,10 @@ METHODS: dict[str, Callable[[Folder], Answer]] = {
     "representer": _baseline(baselines.representer),
     "relatif-l": _baseline(baselines.relatif, kind="l", iterations=20),
     "relatif-theta": _baseline(baselines.relatif, kind="theta", iterations=20),
-    "el2n": _suspects,
-    "mean-loss": _signal(mean_losses),
     "tracin-self": _signal(baselines.tracin_self),
 }
+"""Others' methods, by hydragrad."""
+METHODS: Methods = {**HYPERGRADIENTS, **SIGNALS, **BASELINES}
 
 if __name__ == "__main__":
     work(METHODS)

@@ -1,18 +1,12 @@
-"""`python -m comparison.table`: the results as a markdown table a task, and a figure."""
+"""The results as markdown: a table a task, and one over all tasks."""
 
-import argparse
-import json
 import statistics
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from comparison.__main__ import OUT
-from comparison.environments import PEERS
-from comparison.ours import METHODS
-from comparison.tasks import TASKS
+from comparison.results import ORDER, kind_of
 
-ORDER = [*METHODS, *(method for peer in PEERS for method in peer.methods)]
+Rows = list[dict[str, Any]]
+
 COLUMNS = {
     "loo": "LOO",
     "lds_1": "LDS 1 %",
@@ -22,106 +16,154 @@ COLUMNS = {
     "self.auroc": "AUROC, self",
     "self.recall": "recall, self",
     "ratio": "time",
-    "peak_bytes": "memory, MiB",
+    "peak_mib": "memory, MiB",
 }
+SAME_DERIVATIVE = "bergson-magic"
 
 
-def results(out: Path, task: str) -> dict[str, list[dict[str, Any]]]:
-    """Method -> one flat result a seed; measures of the run with flipped labels beside those of the clean one."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for method in ORDER:
-        for seed in sorted((out / task).glob("seed-*")):
-            merged: dict[str, Any] = {}
-            for kind in ("flipped", "clean"):  # cost and status are those of the clean run
-                path = seed / kind / "results" / f"{method}.json"
-                if path.is_file():
-                    merged.update(_flat(json.loads(path.read_text())))
-            if merged:
-                found.setdefault(method, []).append(merged)
-    return found
+def values(rows: Rows, column: str) -> list[float]:
+    return [row[column] for row in rows if row.get("status") == "ok" and isinstance(row.get(column), int | float)]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{name}.")
-        else:
-            yield prefix + name, value
+def mean(rows: Rows, column: str) -> float | None:
+    found = values(rows, column)
+    return statistics.mean(found) if found else None
 
 
-def cell(rows: list[dict[str, Any]], column: str) -> str:
+def cell(rows: Rows, column: str) -> str:
     """The mean over seeds, with the standard deviation where there are several."""
-    values = [row[column] for row in rows if isinstance(row.get(column), int | float)]
-    if not values:
+    found = values(rows, column)
+    if not found:
         return ""
-    mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-    if column == "peak_bytes":
-        return f"{mean / 2**20:.0f}"
+    middle = statistics.mean(found)
+    if column == "peak_mib":
+        return f"{middle:.0f}"
     if column == "ratio":
-        return f"{mean:.3g} x"
-    return f"{mean:.2f}" + (f" ± {spread:.2f}" if len(values) > 1 else "")
+        return f"{middle:.3g} x"
+    return f"{middle:.2f}" + (f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else "")
 
 
-def table(out: Path, task: str) -> str:
+def table(name: str, task: dict[str, Any]) -> str:
     """One markdown table; methods without an answer are named below it with their reasons."""
-    found = results(out, task)
-    lines = ["| method | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    silent = []
-    for method, rows in found.items():
+    lines = [
+        "| method | " + " | ".join(COLUMNS.values()) + " | seeds |",
+        "|---" * (len(COLUMNS) + 2) + "|",
+    ]
+    silent: list[str] = []
+    for method, rows in task["methods"].items():
         answered = [row for row in rows if row["status"] == "ok"]
         if answered:
-            lines.append(f"| {method} | " + " | ".join(cell(answered, column) for column in COLUMNS) + " |")
-        else:
-            silent.append(f"- {method}: {rows[0]['status']}: {rows[0]['reason'].split('. ')[0]}")
-    seeds = max((len(rows) for rows in found.values()), default=0)
-    heading = f"### {task} ({seeds} seed{'s' if seeds != 1 else ''})"
-    return "\n".join([heading, "", *lines, *(["", *silent] if silent else []), ""])
+            shown = f"**{method}**" if kind_of(method) == "hydragrad" else method
+            cells = " | ".join(cell(answered, column) for column in COLUMNS)
+            lines.append(f"| {shown} | {cells} | {_seeds(answered)} |")
+        silent += [
+            f"- {method}, seed {row['seed']}: {row['status']}: {row['reason'].split('. ')[0]}"
+            for row in rows
+            if row["status"] != "ok"
+        ]
+    absent = [method for method in ORDER if method not in task["methods"]]
+    if absent:
+        silent.append(f"- not run on this task: {', '.join(absent)}")
+    return "\n".join([f"### {name}", "", _facts(task), "", *lines, *(["", *silent] if silent else []), ""])
 
 
-def figure(out: Path, tasks: list[str], path: Path) -> None:
-    """Agreement with leave-one-out against cost, a panel a task."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _facts(task: dict[str, Any]) -> str:
+    about = task["about"]
+    low, high = about["training_seconds"] or (0.0, 0.0)
+    return (
+        f"{about['examples']} training examples, {about['queries']} queries; {about['removed']} examples left out one "
+        f"by one, {about['subsets']} subsets of each size left out together; a training took {low:.2g} to {high:.2g} s."
+    )
 
-    columns = min(3, len(tasks))
-    rows = -(-len(tasks) // columns)
-    drawn = Figure(figsize=(5.2 * columns, 4.2 * rows), layout="constrained")
-    FigureCanvasAgg(drawn)  # no screen and no global state
-    for place, task in enumerate(tasks, start=1):
-        axes = drawn.add_subplot(rows, columns, place)
-        axes.axhline(0, color="#c9ced3", linewidth=1)
-        for method, found in results(out, task).items():
-            points = [(row["ratio"], row["loo"]) for row in found if row.get("status") == "ok" and "loo" in row]
-            if not points:
+
+def _seeds(rows: Rows) -> str:
+    """Seeds of the run with right labels / of the one with flipped labels."""
+    return f"{sum(bool(row.get('clean')) for row in rows)} / {sum(bool(row.get('flipped')) for row in rows)}"
+
+
+def summary(tasks: dict[str, Any]) -> str:
+    """One line a task: hydragrad's methods beside the best of the others."""
+    heads = ["LOO: exact", "best other", "LDS 10 %: exact", "smoothed", "best other"]
+    heads += ["wrong labels, AUROC: el2n", "best other"]
+    lines = ["| task | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, task in tasks.items():
+        methods = task["methods"]
+        cells = [
+            cell(methods.get("exact", []), "loo"),
+            best(methods, "loo"),
+            cell(methods.get("exact", []), "lds_10"),
+            cell(methods.get("smoothed", []), "lds_10"),
+            best(methods, "lds_10"),
+            cell(methods.get("el2n", []), "self.auroc"),
+            best(methods, "self.auroc"),
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+_CLAIMS = (
+    ("LOO", "exact", "loo", 2),
+    ("LDS 1 %", "exact", "lds_1", 2),
+    ("LDS 10 %", "exact", "lds_10", 2),
+    ("LDS 30 %", "exact", "lds_30", 2),
+    ("LDS 10 %", "smoothed", "lds_10", 2),
+    ("LDS 30 %", "smoothed", "lds_30", 2),
+    ("wrong labels, AUROC", "el2n", "self.auroc", 3),
+    ("wrong labels, recall in the first tenth", "el2n", "self.recall", 3),
+)
+
+
+def findings(tasks: dict[str, Any]) -> str:
+    """In words: where hydragrad's method is first among all that is not hydragrad's (MAGIC left out), where not."""
+    lines = []
+    for what, method, column, digits in _CLAIMS:
+        first, behind = [], []
+        for name, task in tasks.items():
+            own, (other, value) = mean(task["methods"].get(method, []), column), best_of(task["methods"], column)
+            if own is None:
                 continue
-            x, y = (statistics.mean(values) for values in zip(*points, strict=True))
-            ours = method in ("exact", "gauss-newton", "hessian-free")
-            axes.scatter([x], [y], s=50 if ours else 28, color="#0b7a75" if ours else "#5c6670", zorder=3)
-            axes.annotate(method, (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7.5)
-        axes.set_xscale("log")
-        axes.set_ylim(top=1.05)
-        axes.set_title(task, loc="left", fontsize=11)
-        axes.set_xlabel("time of all scores, in plain trainings")
-        axes.set_ylabel("Spearman with leave-one-out")
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(path, dpi=130, metadata={"Software": None})
+            if value is None or own >= value:
+                first.append(name)
+            else:
+                behind.append(f"{name} ({other} {value:.{digits}f} against {own:.{digits}f})")
+        if first or behind:
+            parts = [f"first on {', '.join(first)}" if first else "", f"not on {', '.join(behind)}" if behind else ""]
+            words = "; ".join(part for part in parts if part)
+            lines.append(f"- **{what}**: `{method}` is {words}.")
+    return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    tasks = [task for task in TASKS if (options.out / task).is_dir()]
-    if not tasks:
-        raise SystemExit(f"there are no results in {options.out}: run `python -m comparison` first")
-    text = "\n".join(table(options.out, task) for task in tasks)
-    (options.out / "table.md").write_text(text)
-    figure(options.out, tasks, options.out / "comparison.png")
-    print(text)
-    print(f"written to {options.out / 'table.md'} and {options.out / 'comparison.png'}")
+def best(methods: dict[str, Rows], column: str) -> str:
+    """The best of the others as a cell, with its name."""
+    first, value = best_of(methods, column)
+    return "" if value is None else f"{cell(methods[first], column)} ({first})"
 
 
-if __name__ == "__main__":
-    main()
+def best_of(methods: dict[str, Rows], column: str) -> tuple[str, float | None]:
+    """The best mean of what is not hydragrad's, MAGIC left out: it is the same derivative as `exact`."""
+    found = {
+        method: value
+        for method, rows in methods.items()
+        if kind_of(method) != "hydragrad" and method != SAME_DERIVATIVE
+        if (value := mean(rows, column)) is not None
+    }
+    first = max(found, key=found.__getitem__, default="")
+    return first, found.get(first)
+
+
+def costs(tasks: dict[str, Any]) -> str:
+    """Time of all scores, in trainings, against what is exact too and against what people use."""
+    heads = ["queries", "exact", "dattri-if-cg", "bergson-magic", "a query: exact", "MAGIC", "MAGIC / exact"]
+    lines = ["| task | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, task in tasks.items():
+        methods, queries = task["methods"], task["about"]["queries"]
+        exact, magic = (mean(methods.get(method, []), "ratio") for method in ("exact", SAME_DERIVATIVE))
+        cells = [str(queries), *(cell(methods.get(m, []), "ratio") for m in ("exact", "dattri-if-cg", SAME_DERIVATIVE))]
+        cells += [_number(exact and exact / queries), _number(magic and magic / queries)]
+        cells.append(_number(exact and magic and magic / exact))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return f"{value:.2g}" if value else ""

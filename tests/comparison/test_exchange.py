@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from comparison import table as tables
 from comparison.exchange import Answer, Folder, UnfitError, cpu_seconds, work
 from comparison.measures import predictions
 from comparison.tasks import TASKS
@@ -93,26 +92,6 @@ def test_single_precision_is_asked_for_by_name(folder):
     assert single.model().state_dict()["0.weight"].dtype == torch.float32
     assert single.train.tensors[0].dtype == torch.float32
     assert single.train.tensors[1].dtype == torch.int64
-
-
-def test_the_table_averages_seeds_and_names_the_silent(tmp_path):
-    for seed, loo in ((0, 0.5), (1, 0.7)):
-        where = tmp_path / "digits-sgd" / f"seed-{seed}"
-        for kind, method, values in (
-            ("clean", "exact", {"status": "ok", "loo": loo, "ratio": 3.0, "peak_bytes": 2**21}),
-            ("flipped", "exact", {"status": "ok", "harm": {"auroc": 0.9, "recall": 0.1}, "ratio": 5.0}),
-            ("clean", "kfac", {"status": "unfit", "reason": "no extra. Really."}),
-        ):
-            path = where / kind / "results" / f"{method}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(values))
-    text = tables.table(tmp_path, "digits-sgd")
-    assert "### digits-sgd (2 seeds)" in text
-    assert "| exact | 0.60 ± 0.14 |  |  |  | 0.90 ± 0.00 |  |  | 3 x | 2 |" in text
-    assert "- kfac: unfit: no extra" in text
-    pytest.importorskip("matplotlib")
-    tables.figure(tmp_path, ["digits-sgd"], tmp_path / "drawn.png")
-    assert (tmp_path / "drawn.png").stat().st_size > 1000
 
 
 def test_the_worker_program_measures_what_ours_answer(folder, tmp_path):

@@ -1,0 +1,40 @@
+"""`python -m comparison.page`: docs/comparison.md and its picture, from what is kept in comparison/results.json."""
+
+from pathlib import Path
+from typing import Any
+
+from comparison.exchange import write_text
+from comparison.figure import figure
+from comparison.results import ROOT, load
+from comparison.table import costs, findings, summary, table
+
+WORDS = Path(__file__).parent / "page.md"
+PAGE = ROOT / "docs" / "comparison.md"
+PICTURE = ROOT / "docs" / "images" / "comparison.png"
+
+
+def page(results: dict[str, Any]) -> str:
+    """The words of page.md with the tables in their places."""
+    tasks = results["tasks"]
+    parts = {
+        "machine": results["machine"],
+        "summary": summary(tasks),
+        "findings": findings(tasks),
+        "costs": costs(tasks),
+        "tables": "\n".join(table(name, task) for name, task in tasks.items()),
+    }
+    text = WORDS.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        text = text.replace("{{" + name + "}}", part)
+    return text
+
+
+def main() -> None:
+    results = load()
+    write_text(PAGE, page(results))
+    figure(results["tasks"], PICTURE)
+    print(f"written to {PAGE} and {PICTURE}")
+
+
+if __name__ == "__main__":
+    main()

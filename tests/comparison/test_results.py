@@ -1,0 +1,122 @@
+"""Results kept, tabulated, drawn: what is printed is what was measured, and the page in the docs is what is kept."""
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from comparison import results as kept
+from comparison.page import PAGE, PICTURE, page
+from comparison.table import costs, findings, summary, table
+from comparison.tasks import TASKS
+
+NAME = "breast-cancer"
+
+
+def measured(**values: Any) -> dict[str, Any]:
+    return {"status": "ok", "clean": True, **values}
+
+
+TASK: dict[str, Any] = {
+    "about": {"examples": 9, "queries": 40, "removed": 4, "subsets": 2, "training_seconds": [0.1, 0.2]},
+    "methods": {
+        "exact": [measured(seed=0, loo=0.5, lds_10=0.3, ratio=20.0), measured(seed=1, loo=0.7, lds_10=0.3, ratio=20.0)],
+        "el2n": [measured(seed=0, flipped=True, **{"self.auroc": 0.9})],
+        "kfac": [{"seed": 0, "status": "unfit", "reason": "no extra. Really."}],
+        "tracin": [measured(seed=0, loo=0.2, lds_10=0.4)],
+        "dattri-if-cg": [measured(seed=0, loo=0.3, lds_10=0.2, ratio=30.0)],
+        "bergson-magic": [measured(seed=0, loo=0.6, lds_10=0.9, ratio=240.0)],
+    },
+}
+
+
+def test_results_are_collected_over_seeds_and_runs(tmp_path):
+    spec = replace(TASKS[NAME], epochs=1, queries=6)
+    assert spec.record(tmp_path / NAME / "seed-0" / "clean", seed=0, flipped=False)
+    for seed in (0, 10, 2):
+        where = tmp_path / NAME / f"seed-{seed}"
+        clean = {"status": "ok", "loo": 1 / 3, "ratio": 3.0, "peak_bytes": 2**21, "training_seconds": 0.1 + seed / 100}
+        flipped = {"status": "ok", "harm": {"auroc": 0.9, "recall": 0.1}, "ratio": 5.0, "torch": "x"}
+        for run, values in (("clean", clean), ("flipped", flipped)):
+            path = where / run / "results" / "exact.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(values))
+    found = kept.collect(tmp_path)["tasks"]
+    assert list(found) == [NAME]
+    rows = found[NAME]["methods"]["exact"]
+    assert [row["seed"] for row in rows] == [0, 2, 10]
+    assert rows[0] == {
+        "seed": 0, "status": "ok", "harm.auroc": 0.9, "harm.recall": 0.1, "ratio": 3.0, "loo": 0.3333, "peak_mib": 2,
+        "clean": True, "flipped": True,
+    }  # fmt: skip
+    assert found[NAME]["about"]["training_seconds"] == [0.1, 0.2]
+    assert found[NAME]["about"]["examples"] == 455
+    assert json.loads(kept.one_row_a_line({"machine": 'a "b"', "tasks": found}))["tasks"] == found
+
+
+def test_the_table_averages_seeds_and_names_the_silent_and_the_absent():
+    text = table("a-task", TASK)
+    assert "| **exact** | 0.60 ± 0.14 |  | 0.30 ± 0.00 |  |  |  |  | 20 x |  | 2 / 0 |" in text
+    assert "| tracin | 0.20 |  | 0.40 |" in text
+    assert "- kfac, seed 0: unfit: no extra\n" in text
+    assert "not run on this task: gauss-newton, hessian-free" in text
+    assert "9 training examples, 40 queries; 4 examples left out one by one, 2 subsets" in text
+
+
+def test_the_best_of_the_others_is_neither_ours_nor_the_same_derivative():
+    row = summary({"a-task": TASK}).splitlines()[-1]
+    assert row == ("| a-task | 0.60 ± 0.14 | 0.30 (dattri-if-cg) | 0.30 ± 0.00 |  | 0.40 (tracin) | 0.90 |  |")
+
+
+def test_findings_say_who_is_first_and_who_is_not():
+    other = {**TASK, "methods": {**TASK["methods"], "tracin": [measured(seed=0, loo=0.65, **{"self.auroc": 0.95})]}}
+    found = findings({"a-task": TASK, "b-task": other})
+    assert "- **LOO**: `exact` is first on a-task; not on b-task (tracin 0.65 against 0.60)." in found
+    assert "- **LDS 10 %**: `exact` is first on b-task; not on a-task (tracin 0.40 against 0.30)." in found
+    assert "`el2n` is first on a-task; not on b-task (tracin 0.950 against 0.900)." in found
+    assert "`smoothed`" not in found
+
+
+def test_costs_are_those_of_all_queries_and_of_one():
+    row = costs({"a-task": TASK}).splitlines()[-1]
+    assert row == "| a-task | 40 | 20 x | 30 x | 240 x | 0.5 | 6 | 12 |"
+
+
+def test_the_page_is_what_the_kept_results_give():
+    assert PAGE.read_text(encoding="utf-8") == page(kept.load()), "run `python -m comparison.page`"
+    assert "{{" not in PAGE.read_text(encoding="utf-8")
+    assert PICTURE.is_file()
+
+
+def test_kept_results_are_of_tasks_and_methods_that_there_are():
+    for name, task in kept.load()["tasks"].items():
+        assert name in TASKS
+        assert set(task["methods"]) <= set(kept.ORDER)
+        for rows in task["methods"].values():
+            numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
+            assert all(math.isfinite(value) for value in numbers)
+
+
+def test_no_two_labels_of_the_picture_meet():
+    pytest.importorskip("matplotlib")
+    from comparison.figure import draw
+
+    drawn = draw(kept.load()["tasks"])
+    drawn.canvas.draw()
+    texts = [text for axes in drawn.axes for text in (*axes.texts, axes.title, *axes.get_yticklabels())]
+    texts += [text for axes in drawn.axes for text in (axes.get_title(loc="left") and axes._left_title,)]
+    boxes = [text.get_window_extent() for text in texts if text.get_visible() and text.get_text()]
+    assert len(boxes) > 20
+    for place, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[place + 1 :])
+
+
+def test_the_picture_shows_the_means():
+    pytest.importorskip("matplotlib")
+    from comparison.figure import draw
+
+    axes = draw({"a-task": TASK}).axes[0]
+    marks = sorted(float(collection.get_offsets()[0][0]) for collection in axes.collections)
+    assert marks == pytest.approx(sorted([0.6, 0.3, 0.2, 0.4, 0.3, 0.2, 0.6, 0.9]))
