@@ -78,7 +78,8 @@ def measured(result: dict[str, Any], out: Path, folder: Folder, spec: Spec, flip
         return result
     answer = load_file(out.with_suffix(".safetensors"))
     if not flipped:
-        return result | predictions(answer["scores"], truth_of(folder, spec), spec) if "scores" in answer else result
+        judged = "scores" in answer and spec.removed
+        return result | predictions(answer["scores"], truth_of(folder, spec), spec) if judged else result
     wrong = torch.from_numpy(np.load(folder.path / "flipped.npy"))
     if "scores" in answer:  # who harms the queries most
         result["harm"] = mislabels(-answer["scores"].mean(1), wrong)
@@ -94,7 +95,7 @@ def compare(spec: Spec, seed: int, flipped: bool, options: argparse.Namespace) -
             print(f"{spec.name} is left out: its data is not here (set HYDRAGRAD_DATA to the data's folder)")
         return
     where = Folder(folder)
-    if not flipped:
+    if not flipped and spec.removed:
         truth_of(where, spec)
     for job in jobs(options.methods, options.peers):
         final = folder / "results" / f"{job.method}.json"

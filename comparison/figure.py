@@ -23,6 +23,7 @@ def draw(tasks: dict[str, Any]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    tasks = {name: task for name, task in tasks.items() if task["about"]["removed"]}
     shown = [
         method for method in ORDER if any(values(task["methods"].get(method, []), "loo") for task in tasks.values())
     ]

@@ -70,6 +70,8 @@ def table(name: str, task: dict[str, Any]) -> str:
 def _facts(task: dict[str, Any]) -> str:
     about = task["about"]
     low, high = about["training_seconds"] or (0.0, 0.0)
+    if not about["removed"]:
+        return f"{about['examples']} training examples, {about['queries']} queries; cost alone, nothing was retrained."
     return (
         f"{about['examples']} training examples, {about['queries']} queries; {about['removed']} examples left out one "
         f"by one, {about['subsets']} subsets of each size left out together; a training took {low:.2g} to {high:.2g} s."
@@ -88,6 +90,8 @@ def summary(tasks: dict[str, Any]) -> str:
     lines = ["| task | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, task in tasks.items():
         methods = task["methods"]
+        if not task["about"]["removed"]:
+            continue
         cells = [
             cell(methods.get("exact", []), "loo"),
             best(methods, "loo"),

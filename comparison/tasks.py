@@ -23,8 +23,9 @@ Sets = tuple[TensorDataset, TensorDataset]
 class Spec:
     """A task by its names in `comparison.models`.
 
-    `sets(queries)`: training data and queries, None where the data is absent; `removed`: examples left out one by one;
-    `subsets`: retrained per fraction for LDS; `classes`: 0 where labels cannot be flipped.
+    `sets(queries)`: training data and queries, None where the data is absent; `removed`: examples left out one by one
+    (0: nothing is retrained, cost alone is measured); `subsets`: retrained per fraction for LDS; `classes`: 0 where
+    labels cannot be flipped.
     """
 
     name: str
@@ -142,6 +143,10 @@ TASKS = {
     spec.name: spec
     for spec in (
         Spec("digits-sgd", "mlp", "classification", "sgd", _SGD, 64, 15, _digits, 10),
+        Spec(
+            "digits-sgd-360", "mlp", "classification", "sgd", _SGD, 64, 15, _digits, 0,
+            queries=360, removed=0, subsets=0,
+        ),
         Spec("digits-adamw", "mlp", "classification", "adamw", {"lr": 1e-3, "weight_decay": 0.01}, 64, 15, _digits, 10),
         Spec(
             "breast-cancer", "logistic", "classification", "sgd", {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},

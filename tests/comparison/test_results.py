@@ -61,7 +61,7 @@ def test_the_table_averages_seeds_and_names_the_silent_and_the_absent():
     assert "| **exact** | 0.60 ± 0.14 |  | 0.30 ± 0.00 |  |  |  |  | 20 x |  | 2 / 0 |" in text
     assert "| tracin | 0.20 |  | 0.40 |" in text
     assert "- kfac, seed 0: unfit: no extra\n" in text
-    assert "not run on this task: gauss-newton, hessian-free" in text
+    assert "not run on this task: smoothed, gauss-newton, hessian-free" in text
     assert "9 training examples, 40 queries; 4 examples left out one by one, 2 subsets" in text
 
 
