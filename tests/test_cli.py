@@ -190,6 +190,20 @@ def test_the_memory_budget_is_heeded(trained: Path) -> None:
     assert run("attribute", str(trained), "-t", TASK, "--memory", "0", code=2).output
 
 
+def test_attribute_smooths(trained: Path, folder: Path) -> None:
+    asked = ("--smoothing", "2", "--fraction", "0.25", "--no-check", "--out", "smooth")
+    printed = run("attribute", str(trained), "-t", TASK, *asked).output
+    assert "2 reweighted run(s)" in printed
+    assert "mean over the run and 1 without 0.25 of the examples (seed 0)" in printed
+    sys.path.insert(0, str(folder))
+    from hydragrad.tasks.naming import resolve_task
+
+    task = resolve_task(TASK)
+    expected = hg.attribute(task.load(trained), task.test, smoothing=2, fraction=0.25, check=False)
+    torch.testing.assert_close(hg.Attribution.load("smooth").values, expected.values, rtol=1e-4, atol=1e-6)
+    assert run("attribute", str(trained), "-t", TASK, "--smoothing", "0", code=2).output
+
+
 def test_attribute_goes_on_in_a_folder_and_refuses_another_question(trained: Path) -> None:
     asked = ("attribute", str(trained), "-t", TASK, "--no-check", "--resume", "pieces")
     printed = run(*asked, "--out", "first").output

@@ -1,8 +1,10 @@
 """Scores of reweighted runs against dense oracles at those weights; their means; what is planned, checked and said."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import hydragrad as hg
 from hydragrad import attributing, smoothing
 from hydragrad.hypergradient import watch as watching
 from hydragrad.hypergradient.choosing import Fixed
+from hydragrad.scoring import Rows, Scores
 from hydragrad.smoothing import removals
 from hydragrad.trajectory.reweighted import Reweighted, first_touched
 from tests.hypergradient.recorded import STEPS, load, recipe_of, recorded, train, values
@@ -160,24 +163,59 @@ def test_nothing_removed_is_exact(run: hg.Run) -> None:
         assert_close(values(run, PROBLEM.queries, smoothing=runs, fraction=0.0), expected, SAME)
 
 
+PLAIN = [[[[0, 1, 2, 3]], [[4, 5, 6, 7]], [[8, 9, 10, 11]]], [[[7, 2, 11, 5]], [[3, 8, 6, 0]]]]  # no example twice
+
+
+def mean_of(single: Sequence[Tensor], sizes: Sequence[Tensor]) -> Tensor:
+    weights = 1 / torch.stack(list(sizes))[:, None]
+    return (torch.stack(list(single)) * weights).sum(0) / weights.sum(0)
+
+
+def test_several_runs_count_inversely_to_their_sizes(tmp_path: Path) -> None:
+    recipe = recipe_of(PROBLEM, steps=[step for epoch in PLAIN for step in epoch])
+    run = recorded(recipe, tmp_path / "run", PLAIN)
+    weights = removals(N_TRAIN, 3, 0.25, seed=5)
+    dense = [unroll(replace(recipe, weights=w)).scores_by_step(PROBLEM.queries) for w in weights]
+    found = values(run, PROBLEM.queries, smoothing=3, fraction=0.25, seed=5)
+    sizes = [d.square().sum((0, 1)).sqrt() for d in dense]
+    assert max(float((s / sizes[0] - 1).abs().max()) for s in sizes) > 0.05
+    assert_close(found, mean_of([d.sum(0) for d in dense], sizes), ORACLE)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_two_runs_are_the_mean_of_both(run: hg.Run, method: str) -> None:
+def test_two_runs_are_between_both(run: hg.Run, method: str) -> None:
+    """For every query the mean is one combination of the recorded run's scores and the other's."""
     weights = removals(N_TRAIN, 2, 0.25, seed=5)
-    assert (weights == 0).sum(1).tolist() == [3, 3]
-    assert not torch.equal(*weights)
-    single = torch.stack([values(run, PROBLEM.queries, method, weights=w) for w in weights])
+    assert (weights == 0).sum(1).tolist() == [0, 3]
+    at = [recursion(replace(recipe_of(PROBLEM), weights=w), method).scores(PROBLEM.queries) for w in weights]
     found = values(run, PROBLEM.queries, method, smoothing=2, fraction=0.25, seed=5)
-    assert_close(found, single.mean(0), SAME)
-    oracle = [recursion(replace(recipe_of(PROBLEM), weights=w), method).scores(PROBLEM.queries) for w in weights]
-    assert_close(found, torch.stack(oracle).mean(0), ORACLE)
+    share = ((found - at[0]) * (at[1] - at[0])).sum(0) / (at[1] - at[0]).square().sum(0)
+    assert ((share > 0.05) & (share < 0.95)).all()
+    assert_close(found, at[0] + share * (at[1] - at[0]), ORACLE)
 
 
 def test_subsets_are_drawn_from_the_seed_and_begin_alike() -> None:
     assert torch.equal(removals(100, 8, 0.1, 3)[:4], removals(100, 4, 0.1, 3))
     assert not torch.equal(removals(100, 4, 0.1, 3), removals(100, 4, 0.1, 4))
-    assert (removals(100, 8, 0.1, 3) == 0).sum(1).tolist() == [10] * 8
+    assert (removals(100, 8, 0.1, 3) == 0).sum(1).tolist() == [0] + [10] * 7
     assert (removals(100, 2, 0.0, 3) == 1).all()
-    assert (removals(3, 2, 0.99, 3) == 1).sum(1).tolist() == [1, 1]  # somebody is left
+    assert (removals(3, 2, 0.99, 3) == 1).sum(1).tolist() == [3, 1]  # somebody is left
+
+
+def test_a_run_far_out_does_not_rule_the_mean() -> None:
+    scores = Scores(run_of(2), 1, Rows(torch.arange(3), torch.arange(3)), 2, False, torch.float64, runs=3)
+    for factor in (1.0, 1e6, 1.0):
+        found = torch.tensor([[[1.0, 2.0], [0.0, 1.0], [2.0, 0.0]]], dtype=torch.float64) * factor
+        scores.put(slice(0, 2), found, torch.tensor([3.0, 3.0], dtype=torch.float64) * factor)
+    scores.put(slice(0, 2), torch.zeros(1, 3, 2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+    scores.finish()
+    assert scores.values.max() < 3.1 * 2
+    assert scores.values.isfinite().all()
+
+
+def run_of(epochs: int) -> Any:
+    """What Scores looks at of a run."""
+    return SimpleNamespace(steps=[SimpleNamespace(epochs=(), epoch=epoch) for epoch in range(epochs)])
 
 
 def test_what_else_can_be_asked(run: hg.Run) -> None:
@@ -191,12 +229,19 @@ def test_what_else_can_be_asked(run: hg.Run) -> None:
     assert epochs.shape == (3, *whole.shape)
     assert_close(epochs.sum(0), whole, SAME)
     assert_close(values(run, PROBLEM.queries, train=[7, 2], **asked), whole[[7, 2]], SAME)
-    assert_close(values(run, PROBLEM.queries, aggregate="mean", **asked), whole.mean(1, keepdim=True), SAME)
+    # a mean of queries is a query of its own: one of all its runs, each of its own size
+    mean = values(run, PROBLEM.queries, aggregate="mean", **asked)
+    single = [values(run, PROBLEM.queries, aggregate="mean", weights=w)[:, 0] for w in removals(N_TRAIN, 3, 0.25, 1)]
+    assert torch.linalg.matrix_rank(torch.stack([*single, mean[:, 0]]), rtol=1e-9) == 3
     for more in ({"block": 1}, {"memory": 1}):
         assert_close(values(run, PROBLEM.queries, **{**asked, **more}), whole, SAME)
     early = values(run, PROBLEM.queries, step=3, **asked)
-    single = [values(run, PROBLEM.queries, step=3, weights=w) for w in removals(N_TRAIN, 3, 0.25, 1)]
-    assert_close(early, torch.stack(single).mean(0), SAME)
+    dense = [
+        unroll(replace(recipe_of(PROBLEM), weights=w)).scores_by_step(PROBLEM.queries, t=3)[:3]
+        for w in removals(N_TRAIN, 3, 0.25, 1)
+    ]
+    sizes = [d.square().sum((0, 1)).sqrt() for d in dense]  # the first three steps have no example twice
+    assert_close(early, mean_of([d.sum(0) for d in dense], sizes), ORACLE)
 
 
 def test_scores_of_tokens(tmp_path: Path) -> None:
@@ -208,11 +253,14 @@ def test_scores_of_tokens(tmp_path: Path) -> None:
     assert_close(each.sum(1), values(run, problem.queries, **asked), SAME)
 
 
-def test_the_spread_is_the_standard_error(run: hg.Run) -> None:
-    single = torch.stack([values(run, PROBLEM.queries, weights=w) for w in removals(N_TRAIN, 4, 0.25, 2)])
+def test_the_spread_is_the_standard_error(tmp_path: Path) -> None:
+    recipe = recipe_of(PROBLEM, steps=[step for epoch in PLAIN for step in epoch])
+    run = recorded(recipe, tmp_path / "run", PLAIN)
+    dense = [unroll(replace(recipe, weights=w)).scores_by_step(PROBLEM.queries) for w in removals(N_TRAIN, 4, 0.25, 2)]
+    scaled = torch.stack([d.sum(0) / d.square().sum((0, 1)).sqrt() for d in dense])
     found = hg.attribute(run, PROBLEM.queries, smoothing=4, fraction=0.25, seed=2, check=False).diagnostics.smoothing
     assert found is not None
-    expected = (single.var(0).sum() / 4).sqrt() / single.mean(0).norm()
+    expected = (scaled.var(0).sum() / 4).sqrt() / scaled.mean(0).norm()
     assert found.spread == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -313,7 +361,7 @@ def test_the_bar_counts_every_step_of_every_run(run: hg.Run, monkeypatch: pytest
 
     monkeypatch.setattr(watching, "tqdm", noted)
     hg.attribute(run, PROBLEM.queries, smoothing=3, fraction=0.25, check=False, progress=False)
-    assert bars[0].n == bars[0].total == 3 * 2 * len(STEPS)
+    assert bars[0].n == bars[0].total == (3 + 2) * len(STEPS)  # the recorded run is not taken again
 
 
 def test_the_check_compares_with_retraining_without_other_subsets(run: hg.Run) -> None:
@@ -333,7 +381,7 @@ def test_the_check_compares_with_retraining_without_other_subsets(run: hg.Run) -
     assert found.correlation == pytest.approx(float((a * p).sum() / a.norm() / p.norm()), rel=1e-9)
     assert found.error == pytest.approx(float((a - p).norm() / a.norm()), rel=1e-9)
     said = str(scores.diagnostics)
-    assert "4 runs, each without 0.25" in said
+    assert "the run and 3 without 0.25" in said
     assert "seed 3" in said
     assert "25%" in " ".join(scores.diagnostics.reasons)
     again = hg.Attribution.load(scores.save(run.trajectory.folder.parent / "scores.safetensors"))

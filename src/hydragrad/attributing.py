@@ -72,8 +72,8 @@ def attribute(
     ``check``: compare with retraining (four replays) under ``seed``; ``progress``: show a bar; ``resume``: a folder in
     which finished blocks of queries are kept: the same call, made again after a kill, goes on from there and ends bit
     for bit as it would have (another question in that folder is refused, and the difference named); ``smoothing``: the
-    mean of the scores of so many reweighted runs in place of the recorded one, each without a random ``fraction`` of
-    the examples (under ``seed``), for questions about parts of that size; ``weights`` [N]: the scores of one such run.
+    mean of the scores of so many runs, the recorded one and others without a random ``fraction`` of the examples (under
+    ``seed``), for questions about many examples at once; ``weights`` [N]: the scores of one run with these weights.
 
     Raises MismatchError, UnsupportedError, NonFiniteError, StoreError (``resume``). Source: HYDRA, arXiv 2102.02515.
     Example: ``hydragrad.attribute(run, test_set).top(query=3, k=10)``.
@@ -241,7 +241,8 @@ def _sweep(wanted: _Wanted, scores: Scores, plan: Plan, progress: bool, pieces: 
     sweep, columns = wanted.sweep, wanted.columns.count
     if pieces is not None:
         pieces.begin(plan.fixed)
-    watch = Watch(sweep.stop, plan.sweeps + plan.reweighted, sweep.objective.names, progress)
+    forwards = sum(weights is not None for weights in wanted.runs)
+    watch = Watch(sweep.stop, plan.sweeps + forwards, sweep.objective.names, progress)
     with watch.bar:
         for number, weights in enumerate(wanted.runs):
             way: Way | None = None
@@ -250,21 +251,23 @@ def _sweep(wanted: _Wanted, scores: Scores, plan: Plan, progress: bool, pieces: 
                 place = slice(chosen.start + number * columns, chosen.stop + number * columns)
                 piece = pieces.load(place, scores.part(chosen)) if pieces is not None else None
                 if piece is not None:
-                    scores.put(chosen, piece.values)
+                    scores.put(chosen, piece.values, piece.sizes)
                     watch.skip(sweep.stop, piece.growths, piece.drift)
                     continue
                 way = sweep.way(weights, plan.segment, watch.bar.update) if way is None else way
-                found = _sweep_block(wanted, scores, plan, watch, way, chosen)
-                scores.put(chosen, found)
+                found, sizes = _sweep_block(wanted, scores, plan, watch, way, chosen)
+                scores.put(chosen, found, sizes)
                 if pieces is not None:
-                    pieces.save(place, Piece(found, watch.growths, watch.drift))
+                    pieces.save(place, Piece(found, watch.growths, watch.drift, sizes))
             watch.bar.update(sweep.stop if way is None and weights is not None else 0)
     scores.finish()
     return watch
 
 
-def _sweep_block(wanted: _Wanted, scores: Scores, plan: Plan, watch: Watch, way: Way, chosen: slice) -> Tensor:
-    """One sweep for the chosen columns, from the sensitivities at the end to the finished scores."""
+def _sweep_block(
+    wanted: _Wanted, scores: Scores, plan: Plan, watch: Watch, way: Way, chosen: slice
+) -> tuple[Tensor, Tensor | None]:
+    """One sweep for the chosen columns, from the sensitivities at the end to the finished scores and their sizes."""
     sweep, engine = wanted.sweep, plan.chosen.engine
     slopes, of_buffers = wanted.queries.sensitivities(way.end, wanted.columns, chosen)
     adjoint = start(slopes, sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups), of_buffers)

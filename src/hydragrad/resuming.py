@@ -26,11 +26,12 @@ Question = Mapping[str, Any]
 
 
 class Piece(NamedTuple):
-    """The scores [E or 1, R, k] of some columns, and what their sweep saw."""
+    """The scores [E or 1, R, k] of some columns, and what their sweep saw; ``sizes`` [k] if one of several runs."""
 
     values: Tensor
     growths: Mapping[int, float]
     drift: Mapping[int, float]
+    sizes: Tensor | None = None
 
 
 @final
@@ -85,7 +86,7 @@ class Pieces:
         if values is None or tables != about or values.shape != like.shape or values.dtype != like.dtype:
             got = None if values is None else (list(values.shape), values.dtype)
             raise StoreError(broken_file(path, "is another piece", f"{list(like.shape)}, {like.dtype}", str(got)))
-        return Piece(values, dict(about["growth"]), dict(about["drift"]))
+        return Piece(values, dict(about["growth"]), dict(about["drift"]), tensors.get("sizes"))
 
     def save(self, columns: slice, piece: Piece) -> None:
         """Keep a finished piece."""
@@ -94,7 +95,10 @@ class Pieces:
         about = {"columns": [columns.start, columns.stop]}
         about |= {name: [[step, value] for step, value in given.items()] for name, given in seen.items()}
         name = f"pieces/{columns.start:08d}.safetensors"
-        ref = FileRef.write(self.folder, name, save_tensors({"values": piece.values.contiguous()}, about))
+        tensors = {"values": piece.values.contiguous()}
+        if piece.sizes is not None:
+            tensors["sizes"] = piece.sizes
+        ref = FileRef.write(self.folder, name, save_tensors(tensors, about))
         self._journal.append({"piece": ref.to_dict(), "about": about})
 
     def _open(self) -> None:

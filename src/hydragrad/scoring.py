@@ -43,7 +43,9 @@ class Scores:
     """The result in the making, [E or 1, R, M]; while a sweep lasts, its columns are kept on the device.
 
     ``tokens`` L: every row is L rows, one for each token, [E or 1, R L, M]; 0: the terms of tokens are summed. With
-    several ``runs``, what is put adds up, and ``finish`` makes it their mean.
+    several ``runs``, ``finish`` makes what was put their mean, in which a run counts inversely to its size for each
+    query: size = ||terms of all examples in all steps||, the same however rows are grouped. A run near an instability
+    has scores many times those of its neighbours, and would rule a plain mean.
     """
 
     def __init__(
@@ -65,19 +67,27 @@ class Scores:
         self.height = epochs * self.values.shape[1]
         self.runs = runs
         self._open: Tensor | None = None
+        self._sizes = torch.zeros(0)
         self._squares = 0.0
+        self._weights = torch.zeros(columns, dtype=torch.float64)
+        self.spread = float("nan")
+        """The relative standard error of the mean of the runs' scores over their sizes, as of independent runs."""
 
     def open(self, columns: slice, device: torch.device) -> None:
         """Begin a sweep for these columns."""
         width = columns.stop - columns.start
         direct = self.runs == 1 and device.type == "cpu" and width == self.values.shape[2]
         self._open = self.values if direct else self.values.new_zeros(*self.values.shape[:2], width, device=device)
+        self._sizes = torch.zeros(width, dtype=torch.float64, device=device)
 
     def add(self, ids: Tensor, chosen: slice, terms: Tensor, epoch: int) -> None:
         """Subtract terms [k, b] or [k, b, L] from the rows of ``ids``, tokens summed unless they are told apart."""
         assert self._open is not None
         assert terms.dim() == 3 or not self.tokens
-        terms = terms.flatten(2).sum(2) if terms.dim() > 2 and not self.tokens else terms
+        each = terms.flatten(2).sum(2) if terms.dim() > 2 else terms
+        if self.runs > 1:
+            self._sizes[chosen] += each.double().square().sum(1)
+        terms = terms if self.tokens else each
         target = self._open[epoch if self.by_epoch else 0]
         at = ids if self.rows.whole else self.rows.of[ids]
         if not self.rows.whole and bool((at < 0).any()):
@@ -101,29 +111,28 @@ class Scores:
         """The scores of these columns, as a view."""
         return self.values[:, :, columns]
 
-    def put(self, columns: slice, found: Tensor) -> None:
-        """Take one run's scores of these columns."""
-        if self.runs == 1:
+    def put(self, columns: slice, found: Tensor, sizes: Tensor | None) -> None:
+        """Take one run's scores of these columns, and its sizes for them."""
+        if sizes is None:
             self.part(columns).copy_(found)
-        else:
-            self.part(columns).add_(found)
-            self._squares += float(found.double().square().sum())
+            return
+        weights = torch.where(sizes > 0, 1 / sizes, 0.0)
+        scaled = found.double() * weights
+        self.part(columns).add_(scaled)
+        self._squares += float(scaled.square().sum())
+        self._weights[columns] += weights
 
     def finish(self) -> None:
         """All runs were put."""
-        if self.runs > 1:
-            self.values /= self.runs
+        if self.runs == 1:
+            return
+        norm = float(self.values.double().square().sum()) / self.runs
+        if norm:
+            self.spread = (max(self._squares / norm - 1, 0.0) / (self.runs - 1)) ** 0.5
+        self.values /= torch.where(self._weights > 0, self._weights, 1.0)
 
-    @property
-    def spread(self) -> float:
-        """The relative standard error of the mean, as of independent runs; NaN for one."""
-        norm = float(self.values.double().square().sum())
-        if self.runs == 1 or norm == 0:
-            return float("nan")
-        return (max(self._squares / norm - self.runs, 0.0) / (self.runs - 1) / self.runs) ** 0.5
-
-    def close(self, columns: slice) -> Tensor:
-        """End the sweep; its scores [E or 1, R, k], on the CPU. Refuses NaN and infinities."""
+    def close(self, columns: slice) -> tuple[Tensor, Tensor | None]:
+        """End the sweep; its scores [E or 1, R, k] and sizes [k], on the CPU. Refuses NaN and infinities."""
         assert self._open is not None
         found, self._open = self._open.cpu(), None
         bad = (~found.isfinite()).nonzero()
@@ -138,4 +147,4 @@ class Scores:
                     remedy="try method='gauss-newton', which is stable, or ask an earlier step with step=",
                 )
             )
-        return found
+        return found, self._sizes.sqrt().cpu() if self.runs > 1 else None

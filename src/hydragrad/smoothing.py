@@ -1,4 +1,4 @@
-"""Scores averaged over runs that lack random parts of the data: which runs, and whether retraining agrees."""
+"""Scores averaged over a run and others that lack random parts of its data: which, and whether retraining agrees."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -48,8 +48,8 @@ class Runs:
         return 0 if self.weights is None else len(self.weights)
 
     def __iter__(self) -> Iterator[Tensor | None]:
-        """The weights [N] of each run."""
-        return iter([None] if self.weights is None else self.weights)
+        """The weights [N] of each run; None for the recorded one."""
+        return iter([None] if self.weights is None else [None if bool((w == 1).all()) else w for w in self.weights])
 
 
 def check_smoothing(smoothing: int | None, fraction: float = FRACTION) -> None:
@@ -65,14 +65,14 @@ def check_smoothing(smoothing: int | None, fraction: float = FRACTION) -> None:
 
 
 def removals(count: int, runs: int, fraction: float, seed: int) -> Tensor:
-    """Weights [R, N], zero for a random ``fraction`` of the examples in each run, drawn under ``seed``; else one.
+    """Weights [R, N]: first the run as it was, then runs without a random ``fraction`` of the examples each.
 
-    The first R rows are the same for every larger R.
+    Drawn under ``seed``; the first R rows are the same for every larger R.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = torch.ones(runs, count, dtype=torch.float64)
     size = min(round(fraction * count), count - 1)
-    for row in weights:
+    for row in weights[1:]:
         row[torch.randperm(count, generator=generator)[:size]] = 0.0
     return weights
 
@@ -122,8 +122,8 @@ def proved(
 def judge(found: Smoothing, method: str) -> tuple[Verdict, list[str]]:
     """The verdict on smoothed scores, with its reasons."""
     ran = (
-        f"scores are means over {found.runs} runs that lack a random {found.fraction:.0%} of the examples each: they "
-        "predict what removing parts of about that size does, not what removing one example does (smoothing=None)"
+        f"scores are means over the run and {found.runs - 1} that lack a random {found.fraction:.0%} of its examples: "
+        "they predict what removing parts of about that size does, not what removing one example does (smoothing=None)"
     )
     if found.failure:
         return "meaningless", [ran, found.failure]

@@ -18,6 +18,7 @@ from hydragrad.planning import plan
 from hydragrad.report.tables import ranking_table
 from hydragrad.retraining.measuring import losses_at
 from hydragrad.run import Run
+from hydragrad.smoothing import FRACTION
 from hydragrad.tasks.naming import resolve_task
 from hydragrad.tasks.task import Task
 from hydragrad.tasks.training import train as train_task
@@ -162,6 +163,18 @@ def attribute(
             help="Folder that keeps finished blocks: the same command goes on after a kill.", show_default=False
         ),
     ] = None,
+    smoothing: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="For questions about many examples at once: the mean over the run and others that lack a part of its "
+            "data, so many in all.",
+            show_default=False,
+        ),
+    ] = None,
+    fraction: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="With --smoothing: the part of the data that the other runs lack.")
+    ] = FRACTION,
 ) -> None:
     """Score every training example for every test example of a task, and show the most helpful and harmful.
 
@@ -171,6 +184,7 @@ def attribute(
         hydragrad attribute runs/digits --task digits --query 3 --top 10
         hydragrad attribute runs/digits --task digits --method gauss-newton --out scores.safetensors
         hydragrad attribute runs/digits --task digits --resume runs/digits-scores --out scores.safetensors
+        hydragrad attribute runs/digits --task digits --smoothing 16 --fraction 0.1 --out scores.safetensors
 
     Read saved scores in Python: hydragrad.Attribution.load("scores.safetensors").
     """
@@ -180,11 +194,19 @@ def attribute(
     bound = chosen.load(run)
     budget = None if memory is None else memory * 2**20
     if resume is None:
-        say(f"plan: {plan(bound, len(chosen.test), method.value, memory=budget)}")
+        say(f"plan: {plan(bound, len(chosen.test), method.value, memory=budget, smoothing=smoothing)}")
     else:
         say(f"finished blocks are kept in {resume}")
     scores = attribute_run(
-        bound, chosen.test, method=method.value, memory=budget, check=check, progress=interactive(), resume=resume
+        bound,
+        chosen.test,
+        method=method.value,
+        memory=budget,
+        check=check,
+        progress=interactive(),
+        resume=resume,
+        smoothing=smoothing,
+        fraction=fraction,
     )
     say("", str(scores.diagnostics), "")
     _show(scores, chosen, bound, query or [], top)
