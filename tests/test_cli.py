@@ -111,6 +111,23 @@ def test_validate_puts_saved_scores_to_the_proof(trained: Path, folder: Path) ->
     assert "helpful" in run(*common, "--metric", "remove", "-n", "1").output
 
 
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_validate_advises_the_scores_for_the_question(trained: Path, smoothed: bool) -> None:
+    from hydragrad.commands import proving
+
+    more = ("--smoothing", "2", "--fraction", "0.25") if smoothed else ()
+    run("attribute", str(trained), "-t", TASK, "--no-check", "--out", "s", *more)
+    common = ("validate", str(trained), "-t", TASK, "-s", "s", "--resume", "kept", "-n", "4", "--fraction", "0.25")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proving, "_ENOUGH", 2.0)
+        single, many = (run(*common, "--metric", metric).output for metric in ("loo", "subset"))
+    assert ("without --smoothing" in single) == smoothed
+    assert ("--smoothing 16 --fraction 0.25" in many) != smoothed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proving, "_ENOUGH", -2.0)
+        assert "advice" not in run(*common, "--metric", "subset").output
+
+
 def test_mislabels_shows_and_saves_what_the_library_finds(trained: Path, folder: Path) -> None:
     from hydragrad.tasks.naming import resolve_task
 

@@ -78,7 +78,25 @@ def validate(
         progress=interactive(),
     )
     say("", str(found))
+    if advice := _advice(metric, found.correlation.mean, given, fraction):
+        say(f"advice: {advice}")
     if out is not None:
         say(f"saved: {found.save(out)}")
     if plot is not None:
         say(f"the picture: {found.plot(plot)}")
+
+
+_ENOUGH = 0.8
+"""A correlation from which no other scores are worth their time."""
+
+
+def _advice(metric: Metric, correlation: float, scores: Attribution, fraction: float) -> str:
+    """Which scores are meant for this question, where these are not and it shows."""
+    smoothed = scores.diagnostics.smoothing is not None
+    if correlation >= _ENOUGH or metric not in (Metric.subset, Metric.loo) or smoothed == (metric == Metric.subset):
+        return ""
+    if smoothed:
+        return "these scores are smoothed, for many examples at once; for single ones attribute without --smoothing"
+    return (
+        f"these scores are for single examples; for many at once attribute with --smoothing 16 --fraction {fraction:g}"
+    )
