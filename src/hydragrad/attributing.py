@@ -275,12 +275,11 @@ def _sweep_block(
     scores.open(chosen, sweep.replayer.device)
     moments = Backwards(sweep.replayer, way.trajectory, sweep.stop, plan.segment)
     common = (adjoint, min(plan.block, chosen.stop - chosen.start), scores.add, watch)
-    with sweep.objective.differentiable():
-        if isinstance(engine, ScaledEngine):
-            watch.begin(direction_of(adjoint, sweep.optimizer))
-            hessian_free_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
-        else:
-            watch.begin(adjoint)
-            reverse_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
+    if isinstance(engine, ScaledEngine):
+        watch.begin(direction_of(adjoint, sweep.optimizer))
+        hessian_free_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
+    else:
+        watch.begin(adjoint)
+        reverse_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
     watch.drifted(moments.drift)
     return scores.close(chosen)

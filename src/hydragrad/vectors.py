@@ -70,7 +70,7 @@ class Hypergradients:
             aggregate if isinstance(aggregate, str) or aggregate is None else torch.as_tensor(aggregate), asked.count
         )
         values = torch.empty(len(self.examples), columns.count, dtype=self.vectors.dtype)
-        with kept_random_state(), sweep.objective.differentiable():
+        with kept_random_state():
             end = sweep.end()
             for first in range(0, columns.count, 64):
                 chosen = slice(first, min(first + 64, columns.count))
@@ -194,7 +194,7 @@ def _sweep_blocks(
     params = [state.params[name] for name in sweep.objective.names]
     carried = [state.buffers[name] for name in sweep.objective.carried]
     bar = tqdm(total=sweep.stop * plan.sweeps, desc="sweeping forward", unit="step", delay=2, disable=not progress)
-    with bar, sweep.objective.differentiable():
+    with bar:
         for first in range(0, len(ids), plan.carried):
             chosen = ids[first : first + plan.carried]
             tangents = Tangents(params, slots, len(chosen), carried)

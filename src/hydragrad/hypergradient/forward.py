@@ -65,21 +65,22 @@ def forward_sweep(
     """
     push = Push("hessian-free" if engine is None else engine.method, objective) if objective.carried else None
     for moment in moments:
-        clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
-        linearizations = optimizer.linearize(
-            moment.state.params, moment.state.optimizer, clipping.clipped, moment.record.groups
-        )
-        dg = [torch.zeros_like(h) for h in tangents.h]
-        for ids, _, point in points_of(moment, objective):
-            if push is not None:
-                _push(push, point, tangents, dg, block)
-            elif engine is not None:
-                _add_curvature(engine, point, tangents.h, dg, block)
-            _add_own_gradients(objective, point, ids, examples, dg)
-        clipping.push_(dg)
-        for p, linearization in enumerate(linearizations):
-            if linearization is not None:
-                tangents.h[p], tangents.z[p] = linearization.jvp(tangents.h[p], tangents.z[p], dg[p])
+        with objective.differentiable():
+            clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
+            linearizations = optimizer.linearize(
+                moment.state.params, moment.state.optimizer, clipping.clipped, moment.record.groups
+            )
+            dg = [torch.zeros_like(h) for h in tangents.h]
+            for ids, _, point in points_of(moment, objective):
+                if push is not None:
+                    _push(push, point, tangents, dg, block)
+                elif engine is not None:
+                    _add_curvature(engine, point, tangents.h, dg, block)
+                _add_own_gradients(objective, point, ids, examples, dg)
+            clipping.push_(dg)
+            for p, linearization in enumerate(linearizations):
+                if linearization is not None:
+                    tangents.h[p], tangents.z[p] = linearization.jvp(tangents.h[p], tangents.z[p], dg[p])
         watch(moment.record.index)
     return tangents
 

@@ -96,28 +96,42 @@ def reverse_sweep(
     ``watch(t, adjoint)`` sees every step.
     """
     gam = [torch.zeros_like(x[: min(block, len(adjoint))]) for x in adjoint.lam]
-    for moment in moments:
-        clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
-        linearizations = optimizer.linearize(
-            moment.state.params, moment.state.optimizer, clipping.clipped, moment.record.groups
-        )
-        points = list(points_of(moment, objective))
-        for chosen, skip in blocks(len(adjoint), block):
-            new = slice(chosen.start + skip, chosen.stop)
-            rows = adjoint.rows(new)
-            fresh = [x[skip:] for x in gam]
-            pull_update(rows, linearizations, fresh)
-            clipping.pull_(fresh)
-            bet = tuple(x[chosen] for x in adjoint.bet)
-            for ids, epoch, point in reversed(points):
-                curved, terms, bet = engine.products(point, tuple(gam), bet)
-                for lam, c in zip(rows.lam, curved or (), strict=False):
-                    lam += c[skip:]
-                sink(ids, new, terms[skip:], epoch)
-            for held, b in zip(rows.bet, bet, strict=True):
-                held.copy_(b[skip:])
+    for moment in moments:  # the replay between two steps runs the kernels of training, not those of derivatives
+        with objective.differentiable():
+            _step_back(moment, objective, optimizer, engine, adjoint, gam, sink)
         watch(moment.record.index, adjoint)
     return adjoint
+
+
+def _step_back(
+    moment: Moment,
+    objective: Objective,
+    optimizer: OptimizerMap,
+    engine: Engine,
+    adjoint: Adjoint,
+    gam: list[Tensor],
+    sink: Sink,
+) -> None:
+    """``adjoint`` one step back, in place, block by block; ``gam``: room for one block."""
+    clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
+    linearizations = optimizer.linearize(
+        moment.state.params, moment.state.optimizer, clipping.clipped, moment.record.groups
+    )
+    points = list(points_of(moment, objective))
+    for chosen, skip in blocks(len(adjoint), len(gam[0])):
+        new = slice(chosen.start + skip, chosen.stop)
+        rows = adjoint.rows(new)
+        fresh = [x[skip:] for x in gam]
+        pull_update(rows, linearizations, fresh)
+        clipping.pull_(fresh)
+        bet = tuple(x[chosen] for x in adjoint.bet)
+        for ids, epoch, point in reversed(points):
+            curved, terms, bet = engine.products(point, tuple(gam), bet)
+            for lam, c in zip(rows.lam, curved or (), strict=False):
+                lam += c[skip:]
+            sink(ids, new, terms[skip:], epoch)
+        for held, b in zip(rows.bet, bet, strict=True):
+            held.copy_(b[skip:])
 
 
 class Direction(abc.ABC):
@@ -216,14 +230,15 @@ def hessian_free_sweep(
     """
     direction = direction_of(adjoint, optimizer)
     for moment in moments:
-        clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
-        linearizations = optimizer.linearize(
-            moment.state.params, moment.state.optimizer, clipping.clipped, moment.record.groups
-        )
-        scale = _clipped(clipping, direction.pull(linearizations), moment, optimizer.names)
-        for ids, epoch, point in points_of(moment, objective):
-            for chosen, skip in blocks(len(adjoint), block):
-                terms = engine.terms(point, scale, tuple(x[chosen] for x in adjoint.lam))
-                sink(ids, slice(chosen.start + skip, chosen.stop), terms[skip:], epoch)
+        with objective.differentiable():
+            clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
+            linearizations = optimizer.linearize(
+                moment.state.params, moment.state.optimizer, clipping.clipped, moment.record.groups
+            )
+            scale = _clipped(clipping, direction.pull(linearizations), moment, optimizer.names)
+            for ids, epoch, point in points_of(moment, objective):
+                for chosen, skip in blocks(len(adjoint), block):
+                    terms = engine.terms(point, scale, tuple(x[chosen] for x in adjoint.lam))
+                    sink(ids, slice(chosen.start + skip, chosen.stop), terms[skip:], epoch)
         watch(moment.record.index, direction)
     return direction

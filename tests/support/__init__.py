@@ -1,0 +1,1 @@
+"""What works with what: combinations that are really trained, replayed, attributed and compared with the oracle."""
