@@ -25,9 +25,10 @@ def main() -> None:
         for row in speed.all_rows(Path(folder), compile=not options.no_compile):
             rows.append(row)
             kind = "compiled" if row["compiled"] else ""
+            goal = "no goal" if row["goal"] is None else f"goal {row['goal']:.2f}"
             print(
                 f"{row['workload']:8} {row['method']:13} {row['queries']:4} queries {kind:8} {row['ratio']:7.3f}x  "
-                f"(goal {row['goal']:.2f})  training {row['training_seconds']:.3f} s, "
+                f"({goal})  training {row['training_seconds']:.3f} s, "
                 f"compilation {row['compile_seconds']:.0f} s; {row['plan']}",
                 flush=True,
             )

@@ -124,7 +124,7 @@ def batch_normed() -> nn.Module:
     return nn.Sequential(*stage(3, 16), *stage(16, 32), *stage(32, 64), nn.Flatten(), nn.Linear(64 * 16, 10))
 
 
-def cifar(examples: int = 1920, epochs: int = 1) -> Workload | None:
+def cifar(examples: int = 1280, epochs: int = 1) -> Workload | None:
     """The network with batch normalization on CIFAR-10; None where the data is absent."""
     file = next((f for f in _places("cifar10_6k.npz") if f.is_file()), None)
     if file is None:

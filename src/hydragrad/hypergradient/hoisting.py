@@ -1,6 +1,6 @@
 """A traced graph cut in two: what depends on the point alone, once a step, and what every block of vectors needs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -23,7 +23,7 @@ class Halves:
     """``block(*point(*fixed), *given)``: ``fixed``, ``given`` say which inputs of the whole graph each half takes."""
 
     point: GraphModule
-    block: GraphModule
+    block: Callable[..., Any]
     fixed: tuple[int, ...]
     given: tuple[int, ...]
     held: int

@@ -19,7 +19,7 @@ from hydragrad.step.objective import Point, Vectors
 _SHARE, _FIRST_SHARE = 0.15, 0.5
 """Part of the predicted time that measuring may take; of the reference's, which the first engine halves at least."""
 _BLOCKS = (1, 4, 8, 16, 32, 64, 128)
-_START, _WIDEST, _COMPILED_BLOCK = 16, 512, 64
+_START, _WIDEST, _COMPILED_BLOCK, _WIDER = 16, 512, 64, 4
 _TRACED = 100
 """Products of one form from which on tracing them (0.1 s, measured) pays."""
 _FEW = 4
@@ -149,7 +149,9 @@ class Search:
         if compile is False or self.method == "hessian-free":
             return
         engine = candidates(self.method, self.objective)[-1]
-        block = self.fixed or self._balanced(_COMPILED_BLOCK)
+        block = self.fixed or self._balanced(min(_COMPILED_BLOCK, _WIDER * self.found.block))
+        made = [key[2] for key in self.graphs if key[:2] == ("compiled", repr(engine)) and key[2] <= self.queries]
+        block = block if self.fixed or not made else made[0]  # compiling once more costs more than another size gains
         key = ("compiled", repr(engine), block)
         half = 0.5 * self.steps * self.total * self.found.per_query
         plain_fails = repr(engine) in self.refused

@@ -1,7 +1,7 @@
 """A computation recorded once as a flat graph of tensor operations, then run without Python's overhead."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, final
 
 import torch
@@ -84,13 +84,13 @@ class TracedFunction:
             return out
 
         graph = simplified(_functional_graph(flat, [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]))
-        if self.compile and not self._graphs:  # only the usual form: compiling takes tens of seconds
-            return torch.compile(graph, dynamic=False), forms[-1]
+        compiled = self.compile and not self._graphs  # only the usual form: compiling takes tens of seconds
         block = self._block(graph, inputs)
         if not block or changes_in_place(graph) or draws_numbers(graph):
-            return graph, forms[-1]
-        graph = combined(graph, block)
-        return halved(graph, dependent(graph.graph, block)), forms[-1]
+            return torch.compile(graph, dynamic=False) if compiled else graph, forms[-1]
+        graph = graph if compiled else combined(graph, block)  # compiling fuses what the graph says one by one
+        halves = halved(graph, dependent(graph.graph, block))
+        return replace(halves, block=torch.compile(halves.block, dynamic=False)) if compiled else halves, forms[-1]
 
     def _block(self, graph: GraphModule, inputs: tuple[Any, ...]) -> list[Node]:
         """The placeholders that belong to the inputs that the function is linear in."""

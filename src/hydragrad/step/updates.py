@@ -6,6 +6,7 @@ forward-mode derivative per input, so an optimizer is nothing but its formula.
 """
 
 import abc
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -58,12 +59,18 @@ class Linearization:
             for slot in self.slots:
                 sig[slot].copy_(new_sig[slot])
             return
-        torch.mul(lam, numbers["w", "g"], out=gam)
         if not self.slots:
+            torch.mul(lam, numbers["w", "g"], out=gam)
             _scale_(lam, numbers["w", "w"])
             return
         (slot,) = self.slots
         s = sig[slot]
+        plain = numbers["w", "w"] == 1.0 and not numbers[slot, "w"]
+        if plain and numbers[slot, "g"] == 1.0 and _close(numbers["w", slot], numbers[slot, slot] * numbers["w", "g"]):
+            torch.add(s, lam, alpha=numbers["w", "g"], out=gam)  # the momentum saw what the gradient saw
+            torch.mul(gam, numbers[slot, slot], out=s)
+            return
+        torch.mul(lam, numbers["w", "g"], out=gam)
         gam.add_(s, alpha=numbers[slot, "g"])
         into_w = s * numbers[slot, "w"] if numbers[slot, "w"] else None
         _scale_(s, numbers[slot, slot])
@@ -89,6 +96,10 @@ class Linearization:
             for target in ("w", *self.slots)
         }
         return pushed["w"], {slot: pushed[slot] for slot in self.slots}
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-14)
 
 
 def _scale_(x: Tensor, factor: float) -> None:
