@@ -1,7 +1,6 @@
 """The recorded steps revisited: the same moments in either direction, whatever is kept in memory or on disk."""
 
 import math
-import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -197,50 +196,6 @@ def test_drift_is_relative_to_each_tensor_and_infinite_for_nan() -> None:
     assert state_difference(here, state(100.0, 2e-3, 2.0)) == pytest.approx(1.0)
     assert state_difference(here, state(101.0, 1e-3, 1.0)) == pytest.approx(0.5)
     assert state_difference(here, state(100.0, math.nan, 2.0)) == math.inf
-
-
-def alive(kept: list[weakref.ref]) -> int:
-    return sum(ref() is not None for ref in kept)
-
-
-def watch_states(monkeypatch) -> list[weakref.ref]:
-    """A weak reference to every State made from here on."""
-    made: list[weakref.ref] = []
-    original = State.__init__
-
-    def init(self: State, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        made.append(weakref.ref(self))
-
-    monkeypatch.setattr(State, "__init__", init)
-    return made
-
-
-@pytest.mark.parametrize("most", [5, 7, 12, 1000])
-def test_two_levels_replay_a_stretch_at_most_twice_and_keep_few_states(
-    runs: dict[int, Run], most: int, monkeypatch
-) -> None:
-    run, made = runs[100], watch_states(monkeypatch)  # one stretch of 25
-    swept = backwards(run, STEPS, most)
-    seen = kept = 0
-    for moment in swept:
-        del moment
-        seen, kept = seen + 1, max(kept, alive(made))
-    assert seen == STEPS
-    assert swept.replayed <= 2 * STEPS
-    # a cut for every stretch, the states of the stretch at hand, the start and the end of the whole
-    assert kept <= 2 * most + 2
-    if most >= STEPS:
-        assert swept.replayed == STEPS
-    else:
-        assert kept < STEPS
-
-
-@pytest.mark.parametrize("most", [2, 3])
-def test_few_states_cost_a_replay_for_each_level(runs: dict[int, Run], most: int) -> None:
-    swept = backwards(runs[100], STEPS, most)
-    assert sum(1 for _ in swept) == STEPS
-    assert swept.replayed <= STEPS * (1 + math.ceil(math.log(STEPS, most)))
 
 
 def test_checkpoints_on_disk_spare_replays(runs: dict[int, Run]) -> None:

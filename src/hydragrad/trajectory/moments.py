@@ -1,5 +1,7 @@
 """The recorded steps revisited, forwards or backwards, each with the state it started from."""
 
+import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, final
@@ -10,6 +12,8 @@ from hydragrad.trajectory.agreement import state_difference
 from hydragrad.trajectory.randomness import RandomState
 from hydragrad.trajectory.replay import Replayer
 from hydragrad.trajectory.reweighted import Reweighted
+from hydragrad.trajectory.schedule import LEAST, Schedule, cut
+from hydragrad.trajectory.spilling import Spill
 from hydragrad.trajectory.state import State, StepRecord
 from hydragrad.trajectory.store import Trajectory
 
@@ -56,62 +60,101 @@ def forwards(replayer: Replayer, trajectory: Trajectory, stop: int) -> Iterator[
 class Backwards:
     """Iterates over steps ``stop - 1 .. 0`` of the recorded run, or of a reweighted one, as Moments.
 
-    Every stretch between two checkpoints is replayed forwards, then handed out backwards. At most about ``most``
-    states are kept at a time: longer stretches are cut by states in memory, and replayed once more.
-    ``drift``: step of a checkpoint -> how far the replay ended from it. A reweighted run's gradients have no record to
-    be compared with; its batches have.
+    Every stretch between two checkpoints is replayed forwards, then handed out backwards. At most ``slots`` states are
+    kept at a time, beside the recorded one that the replay is compared with: longer stretches are cut by the rules of
+    ``schedule``, which tells how often steps are taken, by states in memory and by ``on_disk`` states in a
+    folder below the store, removed at the end.
+    ``drift``: step of a checkpoint -> how far the replay ended from it; ``replayed``: steps taken so far. A reweighted
+    run's gradients have no record to be compared with; its batches have.
 
     A stretch that ends in the recorded state bit for bit had the recorded batches and gradients. Where one does not,
-    it and all that follow are replayed with every batch and gradient compared, so that a refusal names the step.
+    it and all that follow are replayed with every batch and gradient compared, so that a refusal names the step; one
+    that ends in no recorded state is compared likewise.
     """
 
-    def __init__(self, replayer: Replayer, trajectory: Trajectory | Reweighted, stop: int, most: int) -> None:
+    def __init__(
+        self, replayer: Replayer, trajectory: Trajectory | Reweighted, stop: int, slots: int, on_disk: int = 0
+    ) -> None:
         self.replayer = replayer
         self.trajectory = trajectory
         self.stop = stop
-        self.most = max(most, 2)
+        self.schedule = Schedule(max(slots, LEAST), on_disk)
         self.drift: dict[int, float] = {}
         self.replayed = 0
         self._compare = False
+        self._verified = False
+        self._end: State | None = None
+        """What the replay of the stretch at hand is compared with, until it has been."""
 
     def __iter__(self) -> Iterator[Moment]:
         marks = [t for t in self.trajectory.checkpoints if t < self.stop]
-        end: State | None = None
-        for start, stop in reversed(list(zip(marks, [*marks[1:], self.stop], strict=True))):
-            if end is None and stop in self.trajectory.checkpoints:
-                end = self.trajectory.state(stop)
-            state = self.trajectory.state(start)
-            yield from self._stretch(state, stop, end)
-            end = state
+        following: State | None = None
+        home = self.trajectory.folder if self.schedule.on_disk and isinstance(self.trajectory, Trajectory) else None
+        with contextlib.nullcontext() if home is None else Spill(home) as spill:
+            for start, stop in reversed(list(zip(marks, [*marks[1:], self.stop], strict=True))):
+                if following is None and stop in self.trajectory.checkpoints:
+                    following = self.trajectory.state(stop)
+                self._end, following, self._verified = following, None, False
+                pieces = self.schedule.pieces(stop - start)
+                if spill is not None and len(pieces) > 1:
+                    yield from self._spilled(start, pieces, spill)
+                    continue
+                state = self.trajectory.state(start)
+                yield from self._stretch(state, stop)
+                following = state
+                del state
 
-    def _stretch(self, state: State, stop: int, end: State | None) -> Iterator[Moment]:
-        length = stop - state.step
-        if length <= self.most:
-            yield from self._short(state, stop, end)
-            return
-        piece = max(self.most, -(-length // self.most))
-        cuts = [state]
-        self.replayer.restore(state)
-        for t in range(state.step, state.step + (length - 1) // piece * piece):
+    def _spilled(self, start: int, pieces: list[int], spill: Spill) -> Iterator[Moment]:
+        """A stretch in pieces: the states between them go to disk in a first pass, and are taken back in turn."""
+        self.replayer.restore(self.trajectory.state(start))
+        marks = list(itertools.accumulate(pieces, initial=start))
+        for t in range(start, marks[-2]):
             self._advance(t, compare=self._compare)
-            if (self.replayer.step - state.step) % piece == 0:
-                cuts.append(self.replayer.state())
-        for cut in reversed(cuts):
-            yield from self._stretch(cut, min(cut.step + piece, stop), end if cut is cuts[-1] else None)
+            if t + 1 in marks[1:-2]:
+                spill.write(self.replayer.state())
+        for mark, stop in reversed(list(itertools.pairwise(marks))):
+            if mark == marks[-2]:
+                yield from self._stretch(self.replayer.state(), stop)
+            else:
+                yield from self._stretch(self.trajectory.state(start) if mark == start else spill.take(mark), stop)
 
-    def _short(self, state: State, stop: int, end: State | None) -> Iterator[Moment]:
-        moments = self._replayed(state, stop, compare=self._compare or end is None)
+    def _stretch(self, state: State, stop: int) -> Iterator[Moment]:
+        """Steps ``stop - 1 .. state.step``: cut where they are too many, the later part first."""
+        waiting: list[tuple[State, int]] = [(state, stop)]  # parts by their first state, the later ones on top
+        while waiting:
+            state, stop = waiting.pop()
+            slots = self.schedule.slots - len(waiting)
+            at_start = False
+            while stop - state.step > slots:
+                if not at_start:
+                    self.replayer.restore(state)
+                first = cut(stop - state.step, slots)
+                for t in range(state.step, state.step + first):
+                    self._advance(t, compare=self._compare)
+                waiting.append((state, state.step + first))
+                state, slots, at_start = self.replayer.state(), slots - 1, True
+            yield from self._part(state, stop)
+
+    def _part(self, state: State, stop: int) -> Iterator[Moment]:
+        """The steps of which every state is kept."""
+        end, self._end = self._end, None
+        moments = self._replayed(state, stop, compare=self._compare or (end is None and not self._verified))
+        del state
         if end is not None:
             self.drift[stop] = state_difference(end, self.replayer.state())
+            del end
+            self._verified = not self.drift[stop]
             if self.drift[stop] and not self._compare:
                 self._compare = True
-                self._compared(state.step)
-                moments = self._replayed(state, stop, compare=True)
+                first = moments[0][0]
+                self._compared(first.step)
+                moments = self._replayed(first, stop, compare=True)
         while moments:
             before, gradient, random = moments.pop()
             record = self.trajectory.steps[before.step]
             batches = self.replayer.batches(record, compare=False)
             yield Moment(record, before, gradient, batches, random, self.trajectory.weights)
+            del before, gradient
 
     def _compared(self, stop: int) -> None:
         """Go from the recorded state before ``stop`` up to it, comparing: what led astray may lie there."""
@@ -125,7 +168,8 @@ class Backwards:
         self.replayer.restore(state)
         moments: list[_Revisited] = []
         for t in range(state.step, stop):
-            before = state if t == state.step else self.replayer.state()
+            here = t == state.step and self.replayer.device.type == "cpu"
+            before = state if here else self.replayer.state()
             moments.append((before, self._advance(t, compare=compare), self.replayer.random))
         return moments
 
