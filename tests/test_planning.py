@@ -6,21 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import hydragrad as hg
-from hydragrad.hypergradient import exact
-from hydragrad.hypergradient.choosing import Chosen, Sizes
-from hydragrad.hypergradient.points import points_of
-from hydragrad.hypergradient.sweeping import Sweep
-from hydragrad.planning import plan_sweep
-from hydragrad.trajectory.moments import forwards
 from tests.hypergradient.recorded import STEPS, recipe_of, recorded, values
 from tests.tolerances import SAME, assert_close
-from tests.zoo import N_QUERY, N_TRAIN, case
+from tests.zoo import N_QUERY, case
 
 PROBLEM = case("mlp_tanh")
 METHODS = ["exact", "gauss-newton", "hessian-free"]
@@ -29,89 +22,6 @@ METHODS = ["exact", "gauss-newton", "hessian-free"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return recorded(recipe_of(PROBLEM), tmp_path_factory.mktemp("planning") / "run")
-
-
-@pytest.fixture(scope="module")
-def sweep(run):
-    return Sweep.of(run)
-
-
-@pytest.fixture(scope="module")
-def point(sweep):
-    moment = next(forwards(sweep.replayer, sweep.run.trajectory, 1))
-    return next(points_of(moment, sweep.objective))[2]
-
-
-# Bytes as of a model of 1e6 float32 parameters under SGD with momentum, and of a tiny model with many examples.
-LARGE = Sizes(number=4, adjoint=8_000_000, state=12_000_000, engine=10_000_000, longest=100)
-TINY = Sizes(number=4, adjoint=1_000, state=1_500, engine=2_000, longest=50)
-
-
-@pytest.fixture
-def planned(sweep, point, monkeypatch):
-    """Plans from given sizes: what is measured differs from run to run, the arithmetic does not."""
-
-    def make(sizes: Sizes, queries: int, memory: int, rows: int = N_TRAIN, block: int = 16) -> hg.Plan:
-        def chosen(*_: Any, **__: Any) -> Chosen:
-            return Chosen(
-                exact.ReverseOverReverse(sweep.objective), min(block, queries), 1e-3, 2e-3, sizes, (), point, 0.0
-            )
-
-        monkeypatch.setattr("hydragrad.planning.choose", chosen)
-        return plan_sweep(sweep, queries, "exact", rows=rows, memory=memory, block=None, compile=False)
-
-    return make
-
-
-def smallest(sizes: Sizes, queries: int, rows: int) -> int:
-    """Bytes of the result, then one query at a time with two states kept: nothing needs less."""
-    return rows * queries * sizes.number + sizes.engine + 2 * sizes.state + sizes.adjoint + rows * sizes.number
-
-
-WORK = list(itertools.product([LARGE, TINY], [1, 7, 100], [12, 5000], [1, 16]))
-
-
-@pytest.mark.parametrize(("sizes", "queries", "rows", "block"), WORK)
-def test_a_plan_covers_the_queries_within_the_budget(planned, sizes, queries, rows, block):
-    least = smallest(sizes, queries, rows)
-    for memory in [1, least // 2, least - 1, least, *(int(least * 1.3**k) for k in range(1, 25))]:
-        plan = planned(sizes, queries, memory, rows, block)
-        assert plan.budget == memory
-        assert 1 <= plan.block <= plan.carried <= queries
-        assert 2 <= plan.segment <= sizes.longest
-        assert (plan.sweeps - 1) * plan.carried < queries <= plan.sweeps * plan.carried
-        too_small = [reason for reason in plan.reasons if "budget" in reason and "smallest" in reason]
-        if memory < least:
-            assert plan.peak_bytes > memory
-            assert too_small
-        else:
-            assert plan.peak_bytes <= memory, (memory / least, plan)
-            assert not too_small
-
-
-@pytest.mark.parametrize(("sizes", "queries", "rows", "block"), WORK)
-def test_less_memory_means_more_sweeps_or_shorter_segments(planned, sizes, queries, rows, block):
-    """By factors of four: a smaller difference may go to the segment at the expense of the queries, or back."""
-    full = queries * (sizes.adjoint + rows * sizes.number * 2) + 16 * sizes.engine + sizes.longest * sizes.state * 5
-    plans = [planned(sizes, queries, max(full // 4**k, 1), rows, block) for k in range(12)]
-    for more, less in itertools.pairwise(plans):
-        assert less.peak_bytes <= more.peak_bytes
-        assert less.sweeps >= more.sweeps
-        assert less.segment <= more.segment
-        assert less.seconds >= more.seconds
-    assert (plans[0].sweeps, plans[0].segment) == (1, sizes.longest)
-    assert (plans[-1].sweeps, plans[-1].segment) == (queries, 2)
-    assert plans[-1].peak_bytes == smallest(sizes, queries, rows)
-
-
-def test_peak_and_seconds_by_hand(planned):
-    plan = planned(LARGE, 40, 1_000_000_000, rows=1000)
-    # left of 1e9 are 1e9 - 16e4 (result) - 16e7 (engine); a quarter of it holds 17 states; the rest 78 adjoints
-    assert (plan.segment, plan.sweeps, plan.carried, plan.block) == (17, 1, 40, 16)
-    assert plan.peak_bytes == 160_000 + 160_000_000 + 17 * 12_000_000 + 40 * 8_004_000
-    assert plan.seconds == pytest.approx(len(STEPS) * (2 * 2e-3 + 40 * 1e-3))  # segments: every step replayed twice
-    whole = planned(LARGE, 40, 100_000_000_000, rows=1000)
-    assert whole.seconds == pytest.approx(len(STEPS) * (2e-3 + 40 * 1e-3))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -129,24 +39,66 @@ def test_of_a_number_and_of_the_queries(run, method):
 def test_a_given_block_is_respected(run, block, method):
     assert hg.plan(run, 8, method, block=block).block == block
     assert hg.plan(run, 5, method, block=block).block == min(block, 5)
-    assert hg.plan(run, 8, method, block=block, memory=1).block == 1  # no room for a second adjoint
+    assert hg.plan(run, 8, method, block=block, memory=least_memory(run, 8, method)).block == 1
+
+
+def least_memory(run, queries, method):
+    """What the refusal of one byte says is needed."""
+    with pytest.raises(hg.HydragradError, match="memory is too small for any sweep") as refused:
+        hg.plan(run, queries, method, memory=1)
+    found = re.search(r"at least (\d+) bytes", str(refused.value))
+    assert found is not None
+    return int(found[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_memory_that_a_refusal_asks_for_is_enough(run, method):
+    least = least_memory(run, 8, method)
+    plan = hg.plan(run, 8, method, memory=least, block=1)
+    assert plan.peak_bytes <= least
+    assert (plan.carried, plan.segment) == (1, 2)
+    with pytest.raises(hg.HydragradError, match="too small"):
+        hg.plan(run, 8, method, memory=least // 2, block=1)
+
+
+def test_words_for_amounts(run):
+    assert hg.plan(run, 3, memory="1 GB").budget == 10**9
+    assert hg.plan(run, 3, memory="1 GiB").budget == 2**30
+    assert hg.plan(run, 3, memory="1.5 mb").budget == 1_500_000
 
 
 def test_words(run):
-    plan = hg.plan(run, 8, block=2, memory=1)
+    least = least_memory(run, 8, "exact")
+    plan = hg.plan(run, 8, block=2, memory=least)
     text = str(plan)
-    parts = ("exact", "8 queries", plan.engine, "1 at a time", "8 sweep(s)", "2 states", "MiB", " s;", *plan.reasons)
+    parts = (
+        "exact",
+        "8 queries",
+        plan.engine,
+        "1 at a time",
+        "8 sweep(s)",
+        "2 states",
+        "MiB",
+        "replays",
+        *plan.reasons,
+    )
     assert [part for part in parts if part not in text] == []
     assert re.search(r"about \d+ MiB, \d+\.\d s", text)
     assert "engine" in plan.engine
-    assert "budget of 0.0 MiB" in text
-    assert "budget" not in str(hg.plan(run, 8))
+    assert f"{plan.replays:.2f} replays" in text
+    assert plan.replays > 8
+    assert "no step is taken more than" in text
+    assert "too little memory" not in str(hg.plan(run, 8))
 
 
 BAD = [
     ({"queries": 0}, "queries"),
     ({"queries": []}, "queries"),
     ({"memory": 0}, "memory"),
+    ({"memory": "much"}, "memory.*2 GB"),
+    ({"disk": 0}, "disk"),
+    ({"disk": "1 G"}, "disk"),
+    ({"replays": 0.5}, "replays"),
     ({"block": 0}, "block"),
     ({"block": -1}, "block"),
     ({"method": "newton"}, "exact, gauss-newton, hessian-free.*newton"),
@@ -166,10 +118,11 @@ def test_bad_arguments_are_refused(run, bad, words):
 @pytest.mark.parametrize("method", METHODS)
 def test_scores_are_the_same_for_every_plan(run, method):
     plain = values(run, PROBLEM.queries, method)
-    need = hg.plan(run, N_QUERY, method, block=1).peak_bytes
+    need, least = hg.plan(run, N_QUERY, method, block=1).peak_bytes, least_memory(run, N_QUERY, method)
     plans = set()
-    for memory, block in itertools.product([1, need // 3, need // 2, need, 10 * need], [1, 3, None]):
-        scores = hg.attribute(run, PROBLEM.queries, method=method, memory=memory, block=block, check=False)
+    for memory, block in itertools.product([least, (least + need) // 2, need, 10 * need], [1, 3, None]):
+        given = {"memory": memory, "block": block, "disk": "1 MB" if block == 3 else None}
+        scores = hg.attribute(run, PROBLEM.queries, method=method, check=False, **given)
         assert_close(scores.values, plain, SAME)
         found = re.search(r"(\d+) at a time, (\d+) sweep\(s\) of (\d+), (\d+) states", scores.diagnostics.plan)
         assert found is not None

@@ -9,6 +9,8 @@ import torch
 
 import hydragrad as hg
 from hydragrad import vectors as module
+from hydragrad.hypergradient.sweeping import Sweep
+from hydragrad.planning import plan_sweep
 from tests.hypergradient.recorded import EPOCHS, recipe_of, recorded, values
 from tests.oracles import unroll
 from tests.tolerances import ORACLE, SAME, assert_close
@@ -178,7 +180,8 @@ def test_blocks_change_nothing(run, method, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "forward_sweep", counted)
 
     def carried(memory: int) -> int:
-        return hg.plan(run, len(EXAMPLES), method, rows=1, block=1, memory=memory).carried
+        given: dict[str, Any] = {"rows": 1, "memory": memory, "block": 1, "compile": None}
+        return plan_sweep(Sweep.of(run), len(EXAMPLES), method, forward=True, **given).carried
 
     few = next(memory for memory in range(1000, 10**6, 500) if 1 < carried(memory) < len(EXAMPLES))
     for memory in (1, few, 10 * few):

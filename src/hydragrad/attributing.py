@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from hydragrad.amounts import Amount
 from hydragrad.attribution import Attribution
 from hydragrad.checks import Checks, finite_differences, judge
 from hydragrad.derivatives import derivative_error
@@ -48,7 +49,9 @@ def attribute(
     train: Tensor | Sequence[int] | None = None,
     tokens: bool = False,
     step: int | None = None,
-    memory: int | None = None,
+    memory: Amount | None = None,
+    disk: Amount | None = None,
+    replays: float | None = None,
     block: int | None = None,
     compile: bool | None = None,
     check: bool = True,
@@ -68,7 +71,8 @@ def attribute(
     is asked (default: the loss); ``aggregate``: "mean", "sum" or a group per query; ``groups``: a group per training
     example, whose scores are summed ([G, M]); ``by_epoch``: keep epochs apart ([E, N, M]); ``train``: rows wanted;
     ``tokens``: keep the tokens of a loss [b, L] apart ([N, L, M]; 0 where a batch had fewer; their sums are [N, M]);
-    ``step``: ask the model of that step; ``memory``: bytes above training's; ``block``, ``compile``: see ``plan``;
+    ``step``: ask the model of that step; ``memory``: budget above training's (bytes, or "2 GB"), ``disk``: for states
+    in a temporary folder, ``replays``: how many times the run may be replayed, ``block``, ``compile``: see ``plan``;
     ``check``: compare with retraining (four replays) under ``seed``; ``progress``: show a bar; ``resume``: a folder in
     which finished blocks of queries are kept: the same call, made again after a kill, goes on from there and ends bit
     for bit as it would have (another question in that folder is refused, and the difference named); ``smoothing``: the
@@ -92,6 +96,8 @@ def attribute(
             method,
             rows=scores.height,
             memory=memory,
+            disk=disk,
+            replays=replays,
             block=block,
             compile=compile,
             pieces=pieces is not None,
@@ -273,7 +279,7 @@ def _sweep_block(
     adjoint = start(slopes, sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups), of_buffers)
     del slopes, of_buffers
     scores.open(chosen, sweep.replayer.device)
-    moments = Backwards(sweep.replayer, way.trajectory, sweep.stop, plan.segment)
+    moments = Backwards(sweep.replayer, way.trajectory, sweep.stop, plan.segment, plan.on_disk)
     common = (adjoint, min(plan.block, chosen.stop - chosen.start), scores.add, watch)
     if isinstance(engine, ScaledEngine):
         watch.begin(direction_of(adjoint, sweep.optimizer))

@@ -1,17 +1,19 @@
 """Before the run: which engine, how many queries at a time, how much memory, how long."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
 
+from hydragrad.amounts import Amount, bytes_of, in_words
+from hydragrad.arranging import Arrangement, Needs, arrange
 from hydragrad.errors import UnsupportedError, message
 from hydragrad.hypergradient.choosing import Chosen, Fixed, choose, fixed
 from hydragrad.hypergradient.engines import check_method
 from hydragrad.hypergradient.naming import name_of
 from hydragrad.hypergradient.queries import length_of
+from hydragrad.hypergradient.rehearsing import Costs, rehearse
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.run import Run
 from hydragrad.smoothing import check_smoothing
@@ -26,10 +28,12 @@ class Plan:
     """What a sweep will do. ``str(plan)`` says it in words.
 
     ``engine``: the computation chosen; ``block``: queries per product; ``carried``: queries whose adjoints one sweep
-    carries; ``sweeps``: passes over the run (over all reweighted runs together, of which there are ``reweighted``; 0:
-    the recorded run itself); ``segment``: states kept at a time; ``peak_bytes``: memory above
-    training's, the result included; ``seconds``: predicted; ``budget``: bytes allowed; ``reasons``: why;
-    ``gradient_gap``: relative difference between the gradient that is differentiated and the training step's.
+    carries; ``sweeps``: passes over the run (over all reweighted runs together, of which there are
+    ``reweighted``; 0: the recorded run itself); ``segment``: states kept in memory at a time, ``on_disk``: further ones
+    of a stretch; ``replays``: how many times the whole run is replayed for that; ``peak_bytes``: memory above
+    training's, the result included; ``disk_bytes``: in a temporary folder; ``seconds``: predicted; ``budget``: bytes
+    allowed; ``reasons``: why; ``gradient_gap``: relative difference between the gradient that is differentiated and
+    the training step's.
     """
 
     method: str
@@ -45,6 +49,9 @@ class Plan:
     reasons: tuple[str, ...]
     chosen: Chosen = field(repr=False, compare=False)
     fixed: Fixed = field(repr=False, compare=False)
+    replays: float = 1.0
+    on_disk: int = 0
+    disk_bytes: int = 0
     reweighted: int = 0
 
     @property
@@ -53,10 +60,12 @@ class Plan:
 
     def __str__(self) -> str:
         runs = f" over {self.reweighted} reweighted run(s)" if self.reweighted else ""
+        spilled = f" and {self.on_disk} on disk ({in_words(self.disk_bytes)})" if self.on_disk else ""
         return (
             f"{self.method}, {self.queries} queries: {self.engine}, {self.block} at a time, {self.sweeps} sweep(s) of "
-            f"{self.carried}{runs}, {self.segment} states kept; about {self.peak_bytes / 2**20:.0f} MiB, "
-            f"{self.seconds:.1f} s" + "".join(f"; {reason}" for reason in self.reasons)
+            f"{self.carried}{runs}, {self.segment} states kept{spilled}, {self.replays:.2f} replays of the run; "
+            f"about {self.peak_bytes / 2**20:.0f} MiB, {self.seconds:.1f} s"
+            + "".join(f"; {reason}" for reason in self.reasons)
         )
 
 
@@ -67,17 +76,22 @@ def plan(
     *,
     rows: int | None = None,
     step: int | None = None,
-    memory: int | None = None,
+    memory: Amount | None = None,
+    disk: Amount | None = None,
+    replays: float | None = None,
     block: int | None = None,
     compile: bool | None = None,
     smoothing: int | None = None,
 ) -> Plan:
     """Predict memory and time of ``attribute`` and choose how to do it.
 
-    ``queries``: their number, or the queries; ``memory``: budget in bytes above training's (None: half of what is
-    free); ``block``: queries per product (None: measured); ``compile``: use torch.compile (None: where it pays);
-    ``smoothing``: so many reweighted runs are swept in place of the recorded one.
-    Runs the candidates for a moment on one recorded batch. Example: ``print(hydragrad.plan(run, queries=1000))``.
+    ``queries``: their number, or the queries; ``memory``: budget above training's, in bytes or as "2 GB" (None: half
+    of what is free); ``disk``: budget for states in a temporary folder below the run's (None: none are written);
+    ``replays``: how many times the run may be replayed in all (None: any number, the fewest seconds count); ``block``:
+    queries per product (None: measured); ``compile``: use torch.compile (None: where it pays); ``smoothing``: so
+    many reweighted runs are swept in place of the recorded one.
+    Runs the candidates for a moment on one recorded batch, and rehearses the sweep on a few. Raises UnsupportedError
+    for budgets that are too small, with what would do. Example: ``print(hydragrad.plan(run, queries=1000))``.
     """
     check_smoothing(smoothing)
     count = queries if isinstance(queries, int) else length_of(queries)
@@ -87,6 +101,8 @@ def plan(
         method,
         rows=rows,
         memory=memory,
+        disk=disk,
+        replays=replays,
         block=block,
         compile=compile,
         reweighted=smoothing or 0,
@@ -99,71 +115,103 @@ def plan_sweep(
     method: str,
     *,
     rows: int | None,
-    memory: int | None,
+    memory: Amount | None,
+    disk: Amount | None = None,
+    replays: float | None = None,
     block: int | None,
     compile: bool | None,
     pieces: bool = False,
     again: Fixed | None = None,
     reweighted: int = 0,
+    forward: bool = False,
 ) -> Plan:
     """``plan`` for a sweep that is made ready already; in ``pieces`` of about a minute, or as chosen before.
 
-    ``reweighted`` runs have no states on disk: each is replayed once more, and keeps about sqrt(T) states on the way.
+    ``reweighted`` runs have no states on disk: each is replayed once more, and keeps states on the way.
+    ``forward``: for the forward sweep.
     """
-    for name, value in (("queries", queries), ("block", block), ("memory", memory)):
+    for name, value in (("queries", queries), ("block", block), ("replays", replays)):
         if value is not None and value < 1:
             raise UnsupportedError(message(f"{name} is too small", expected="at least 1", got=value))
     check_method(method)
-    device = sweep.replayer.device
-    budget = memory if memory is not None else _free(device) // 2
+    budget = _free(sweep.replayer.device) // 2 if memory is None else bytes_of(memory, "memory")
+    room = 0 if disk is None else bytes_of(disk, "disk")
     if again is None:
         chosen = choose(sweep, queries, method, memory=budget, block=block, compile=compile)
     else:
         chosen = fixed(sweep, method, again.engine, again.block)
+    costs = Costs.of(chosen) if forward else rehearse(sweep, chosen, queries, budget)
     rows = sweep.run.num_examples if rows is None else rows
-    sizes = chosen.sizes
-    result = rows * queries * sizes.number
-    # what every choice needs: the block's engine, the result (its copy on the device while a sweep lasts)
-    left = max(budget - result - chosen.block * sizes.engine - chosen.held, 0)
-    longest, kept = (math.isqrt(sweep.stop - 1) + 1, 2 * sizes.state) if reweighted else (sizes.longest, sizes.state)
-    segment = max(2, min(longest, min(left // 4, left - sizes.adjoint - rows * sizes.number) // kept))
-    segment = segment if again is None else again.segment
-    left = max(left - segment * kept, 0)
-    carried = max(1, min(queries, left // (sizes.adjoint + rows * sizes.number)))
-    replay = sweep.stop * chosen.replay * (1 if segment >= longest else 2)
-    if pieces:
-        wanted = max(PIECE_SECONDS - replay, replay) / (sweep.stop * chosen.per_query)
-        carried = min(carried, max(chosen.block, int(wanted)))
-    carried = -(-queries // -(-queries // carried)) if again is None else again.carried
-    sweeps = -(-queries // carried)
-    chosen = chosen.limited(carried)
-    if pieces and again is None:  # as a later call will make it
-        made = fixed(sweep, method, name_of(chosen.engine), chosen.block)
-        chosen = replace(made, reasons=chosen.reasons)
-    seconds = sweeps * replay + sweep.stop * queries * chosen.per_query
-    if reweighted:
-        seconds, sweeps = reweighted * (seconds + sweep.stop * chosen.replay), reweighted * sweeps
-    peak = result + chosen.block * sizes.engine + chosen.held + segment * kept
-    peak += carried * (sizes.adjoint + rows * sizes.number)
+    needs = Needs.of(sweep, chosen, costs, queries, rows, reweighted)
+    if forward:
+        needs = replace(needs, stretches=((1, sweep.stop),))  # every state is passed by, none is kept
+    if again is None:
+        arranged = arrange(needs, budget, 0 if reweighted else room, replays)
+    else:
+        arranged = Arrangement(again.carried, again.segment, again.on_disk)
+    if pieces and again is None:
+        replay = needs.replay_seconds(arranged)
+        wanted = max(PIECE_SECONDS - replay, replay) / (sweep.stop * costs.query)
+        arranged = arranged.narrowed(queries, max(chosen.block, int(wanted)))
+        made = fixed(sweep, method, name_of(chosen.engine), min(chosen.block, arranged.carried))
+        chosen = replace(made, reasons=chosen.reasons)  # as a later call will make it
+    chosen = chosen.limited(arranged.carried)
+    if memory is not None and again is None and not forward:
+        _refuse_less(needs.bytes(arranged), budget)
+    return _plan(method, needs, arranged, chosen, budget, pieces, again)
+
+
+def _refuse_less(needed: int, budget: int) -> None:
+    if needed > budget:
+        raise UnsupportedError(
+            message(
+                "memory is too small for any sweep",
+                expected=f"at least {needed} bytes ({in_words(needed)}): one query at a time, two states kept",
+                got=f"{budget} bytes",
+                remedy="allow more memory, or ask fewer queries or rows (aggregate=, groups=, train=)",
+            )
+        )
+
+
+def _plan(
+    method: str,
+    needs: Needs,
+    arranged: Arrangement,
+    chosen: Chosen,
+    budget: int,
+    pieces: bool,
+    again: Fixed | None,
+) -> Plan:
+    """Everything as it is said."""
+    sweeps = arranged.sweeps(needs.queries) * max(needs.reweighted, 1)
+    peak, seconds = needs.bytes(arranged), needs.seconds(arranged)
     return Plan(
         method,
-        queries,
+        needs.queries,
         repr(chosen.engine).strip("<>"),
         chosen.block,
-        carried,
+        arranged.carried,
         sweeps,
-        segment,
+        arranged.slots,
         peak,
         seconds,
         budget,
-        (*chosen.reasons, *_reasons(peak, budget, seconds / sweeps, pieces, again)),
+        (*chosen.reasons, *_reasons(needs, arranged, peak, budget, seconds / sweeps, pieces, again)),
         chosen,
-        Fixed(name_of(chosen.engine), chosen.block, carried, segment),
-        reweighted,
+        Fixed(name_of(chosen.engine), chosen.block, arranged.carried, arranged.slots, arranged.on_disk),
+        needs.replays(arranged),
+        arranged.on_disk,
+        arranged.on_disk * needs.stored,
+        needs.reweighted,
     )
 
 
-def _reasons(peak: int, budget: int, piece: float, pieces: bool, again: Fixed | None) -> Iterator[str]:
+def _reasons(
+    needs: Needs, arranged: Arrangement, peak: int, budget: int, piece: float, pieces: bool, again: Fixed | None
+) -> Iterator[str]:
+    times = needs.times(arranged)
+    if times > 1:
+        yield f"too little memory to keep a state for every step: no step is taken more than {times} times a sweep"
     if again is not None:
         yield "engine, block and pieces as chosen when this attribution began"
     if pieces:

@@ -152,7 +152,7 @@ def hypergradients(
     ids = example_ids(examples, run.num_examples, "examples")
     sweep = Sweep.of(run, step)
     with kept_random_state(), kept_pages():
-        plan = plan_sweep(sweep, len(ids), method, rows=1, memory=memory, block=block, compile=compile)
+        plan = plan_sweep(sweep, len(ids), method, rows=1, memory=memory, block=block, compile=compile, forward=True)
         manifest, objective = run.trajectory.manifest, sweep.objective
         size = sum(math.prod(manifest.params[name]["shape"]) for name in objective.names)
         size_v = sum(math.prod(manifest.buffers[name]["shape"]) for name in objective.carried)

@@ -20,6 +20,8 @@ from hydragrad.step.objective import Point
 from hydragrad.trajectory.moments import Moment, advance
 from hydragrad.trajectory.state import State
 
+_RANDOM = 10_000
+"""Bytes of the random states in a stored state."""
 _HALF = 0.05
 """Relative difference up to which a gradient of half precision (autocast) may differ from the one differentiated."""
 
@@ -27,13 +29,18 @@ _HALF = 0.05
 @final
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one number, a query's adjoint, a kept state, the engine's work per query; ``longest`` stretch."""
+    """Bytes of one number, a query's adjoint, a kept state, the engine's work per query; ``longest`` stretch.
+
+    ``stored``: bytes of a state on disk; ``made``: of what a sweep makes once, whatever is chosen.
+    """
 
     number: int
     adjoint: int
     state: int
     engine: int
     longest: int
+    stored: int = 0
+    made: int = 0
 
 
 @final
@@ -79,6 +86,7 @@ class Fixed:
     block: int
     carried: int
     segment: int
+    on_disk: int = 0
 
 
 def choose(sweep: Sweep, queries: int, method: str, *, memory: int, block: int | None, compile: bool | None) -> Chosen:
@@ -159,16 +167,21 @@ def _sizes(sweep: Sweep, point: Point, method: str) -> Sizes:
     buffers = sum(v.nbytes for v in point.carried)
     slots = sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups)
     state_slots = sum(p.numel() * len(names) for p, names in zip(point.params, slots, strict=True)) * number
-    rest = sum(x.numel() * x.element_size() for x in point.rest.values())
     activations = activation_bytes(sweep.objective, point)
+    whole = sum(x.nbytes for x in (*sweep.objective.module.parameters(), *sweep.objective.module.buffers()))
+    stored = whole + state_slots + _RANDOM
     factor = {"exact": 4, "gauss-newton": 3, "hessian-free": 2}[method]
     return Sizes(
         number=number,
         adjoint=(size if method == "hessian-free" and sweep.elementwise else size + state_slots) + buffers,
-        state=2 * size + state_slots + rest + buffers,
+        state=stored + size,
         # gam, its parts that the engine copies, C gam; for adaptive optimizers the update's successors (measured)
         engine=factor * activations + 5 * size + (0 if sweep.optimizer.update.linear else size + state_slots),
         longest=_longest(sweep),
+        stored=stored,
+        # the replayer and its gradients, copies of the model for objective and queries, the state asked about, the
+        # point of the measurements; a recorded state to compare with, and another while it is read from its bytes
+        made=(whole + state_slots + size) + 2 * whole + (whole + state_slots) + size + 3 * stored,
     )
 
 
