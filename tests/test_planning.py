@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hydragrad as hg
-from tests.hypergradient.recorded import STEPS, recipe_of, recorded, values
+from tests.hypergradient.recorded import STEPS, least_memory, recipe_of, recorded, values
 from tests.tolerances import SAME, assert_close
 from tests.zoo import N_QUERY, case
 
@@ -40,15 +40,6 @@ def test_a_given_block_is_respected(run, block, method):
     assert hg.plan(run, 8, method, block=block).block == block
     assert hg.plan(run, 5, method, block=block).block == min(block, 5)
     assert hg.plan(run, 8, method, block=block, memory=least_memory(run, 8, method)).block == 1
-
-
-def least_memory(run, queries, method):
-    """What the refusal of one byte says is needed."""
-    with pytest.raises(hg.HydragradError, match="memory is too small for any sweep") as refused:
-        hg.plan(run, queries, method, memory=1)
-    found = re.search(r"at least (\d+) bytes", str(refused.value))
-    assert found is not None
-    return int(found[1])
 
 
 @pytest.mark.parametrize("method", METHODS)

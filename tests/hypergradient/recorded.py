@@ -1,11 +1,13 @@
 """A recipe trained in a plain loop under `hg.record`, then loaded: the same run that the oracles unroll."""
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -118,6 +120,21 @@ def recorded(recipe: Recipe, path: Path, epochs: Sequence[Any] = EPOCHS) -> Any:
     return load(recipe, path)
 
 
+def least_memory(run: Any, queries: int, method: str, **more: Any) -> int:
+    """Bytes that the refusal of one byte asks for."""
+    with pytest.raises(hg.HydragradError, match="memory is too small for any sweep") as refused:
+        hg.plan(run, queries, method, memory=1, **more)
+    found = re.search(r"at least (\d+) bytes", str(refused.value))
+    assert found is not None
+    return int(found[1])
+
+
 def values(run: Any, queries: Sequence[Any], method: str = "exact", **more: Any) -> Tensor:
-    """`hg.attribute(...).values` without the checks, which are tested elsewhere and cost replays."""
+    """`hg.attribute(...).values` without the checks, which are tested elsewhere and cost replays.
+
+    ``memory`` 1 stands for the least that will do.
+    """
+    if more.get("memory") == 1:
+        smoothing = 1 if "weights" in more else more.get("smoothing")
+        more["memory"] = least_memory(run, len(queries), method, smoothing=smoothing, rows=more.get("rows"))
     return hg.attribute(run, queries, method=method, check=False, **more).values

@@ -21,7 +21,7 @@ from hydragrad.trajectory.state import State, StepRecord
 
 _Made = TypeVar("_Made")
 
-STEPS = 6
+STEPS, _FEWEST = 6, 3
 """Steps rehearsed; the first of them only warms up."""
 _SHARE = 0.05
 """Part of the predicted time that a rehearsal may take; shorter sweeps are predicted from products alone."""
@@ -58,20 +58,19 @@ def rehearse(sweep: Sweep, chosen: Chosen, queries: int, memory: int) -> Costs:
     block = min(chosen.block, queries)
     narrow, wide = block, min(2 * block, queries)
     sizes = chosen.sizes
-    products = 3 * STEPS * (narrow + wide)  # twice for the time, once or less for the bytes
-    if (
-        products > _SHARE * sweep.stop * queries
-        or memory // 2 < wide * sizes.adjoint + STEPS * sizes.state + first.work
-    ):
+    needed = wide * sizes.adjoint + STEPS * sizes.state + first.work
+    each = narrow + (wide if wide > narrow else 0)
+    steps = min(STEPS, int(_SHARE * sweep.stop * queries / each) - 2)  # two more to count bytes
+    if steps < _FEWEST or needed > memory // 2:
         return first
     key = ("rehearsed", repr(chosen.engine), block, wide, sweep.stop, sweep.objective.names, sweep.objective.mode)
     if key not in sweep.run.memo:
-        sweep.run.memo[key] = _measured(sweep, chosen, narrow, wide)
+        sweep.run.memo[key] = _measured(sweep, chosen, narrow, wide, steps)
     return sweep.run.memo[key]
 
 
-def _measured(sweep: Sweep, chosen: Chosen, narrow: int, wide: int) -> Costs:
-    state, records, load = _loaded(sweep)
+def _measured(sweep: Sweep, chosen: Chosen, narrow: int, wide: int, steps: int) -> Costs:
+    state, records, load = _loaded(sweep, steps)
     replayer = sweep.replayer
     replayer.restore(state)
     advances, captures, moments = list[float](), list[float](), list[Moment]()
@@ -98,15 +97,15 @@ def _measured(sweep: Sweep, chosen: Chosen, narrow: int, wide: int) -> Costs:
     )
 
 
-def _loaded(sweep: Sweep) -> tuple[State, list[StepRecord], float]:
+def _loaded(sweep: Sweep, steps: int) -> tuple[State, list[StepRecord], float]:
     """The latest state before steps of the usual size, those steps, and the seconds that reading a state takes."""
     trajectory = sweep.run.trajectory
     marks = [t for t in trajectory.checkpoints if t < sweep.stop]
-    start = max(marks, key=lambda t: (min(STEPS, sweep.stop - t), len(trajectory.steps[t].batches[0]), t))
+    start = max(marks, key=lambda t: (min(steps, sweep.stop - t), len(trajectory.steps[t].batches[0]), t))
     began = time.perf_counter()
     state = trajectory.state(start)
     load = time.perf_counter() - began
-    return state, list(trajectory.steps[start : min(start + STEPS, sweep.stop)]), load
+    return state, list(trajectory.steps[start : min(start + steps, sweep.stop)]), load
 
 
 @final
