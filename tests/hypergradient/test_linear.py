@@ -186,6 +186,26 @@ def test_constants_are_those_of_the_point_asked_about():
         assert_close(traced(weight, x, at=at), x * torch.tanh(weight), SAME)
 
 
+def test_a_compiled_graph_is_cut_in_two_as_well(monkeypatch):
+    given, whole = [], torch.compile
+
+    def eager(graph, **options):  # what is handed over is what counts here, not how it is compiled
+        given.append(graph)
+        return whole(graph, backend="eager", **options)
+
+    def function(w: Tensor, x: Tensor) -> Tensor:
+        return x @ torch.tanh(w) * w
+
+    monkeypatch.setattr(torch, "compile", eager)
+    traced = TracedFunction(function, compile=True, linear=1)
+    w, v, x = random(4, 4), random(4, 4), random(K, 4, 4)
+    one, other = object(), object()
+    for at, weight in ((one, w), (one, w), (other, v)):
+        assert_close(traced(weight, x, at=at), function(weight, x), SAME)
+    assert len(given) == 1
+    assert not calls(given[0], aten.tanh.default)
+
+
 ACTIVATIONS = [nn.Tanh(), nn.Sigmoid(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.ELU(), nn.Softplus(), nn.LeakyReLU()]
 ACTIVATIONS += [nn.ReLU(), nn.Hardtanh(), nn.Mish(), nn.SELU(), nn.Softsign()]
 
