@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import hydragrad as hg
 from hydragrad.cli import main
 from hydragrad.commands.app import app
+from hydragrad.retraining.ledger import Ledger
 from tests.report.reading import Read
 from tests.tasks.small import write_source
 
@@ -285,6 +286,57 @@ def test_wrong_usage_is_exit_code_2_before_any_work(
     monkeypatch.setattr("hydragrad.commands.reporting.write_report", never)
     result = run(*(str(trained) if word == "RUN" else word for word in arguments), code=2)
     assert words in result.output
+
+
+@pytest.mark.parametrize("task", ["narrow", "texts", "ragged"])
+@pytest.mark.parametrize("command", ["attribute", "validate", "report", "mislabels"])
+def test_queries_that_the_model_cannot_take_are_refused(trained: Path, task: str, command: str) -> None:
+    hg.Attribution(
+        torch.zeros(20, 10), torch.arange(20), torch.arange(10), "exact", hg.Diagnostics("exact", 1, 0, 1, 0, 1, "")
+    ).save("scores")
+    more = {"attribute": (), "mislabels": ("--signal", "harm")}.get(command, ("--scores", "scores"))
+    refused = run(command, str(trained), "-t", f"small_tasks.py:{task}", *more, code=1).output
+    assert "MismatchError: queries 0 to 9 cannot be measured" in refused
+    assert "Traceback" not in refused
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("attribute", "--out"),
+        ("validate", "--out"),
+        ("validate", "--plot"),
+        ("report", "--out"),
+        ("mislabels", "--out"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    trained: Path, command: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hydragrad.tasks.task.Task.load", lambda *_: pytest.fail("work began"))
+    Path("file").touch()
+    more = ("--scores", "scores") if command in ("validate", "report") else ()
+    refused = run(command, str(trained), "-t", TASK, *more, option, "file/x", code=1).output
+    assert "StoreError: cannot write file/x" in refused
+    assert sorted(path.name for path in Path().iterdir()) == ["file", "runs", "small_tasks.py"], "nothing is left"
+
+
+def test_an_interrupt_is_a_sentence_and_keeps_what_is_finished(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("attribute", str(trained), "-t", TASK, "--out", "scores")
+    asked = ("validate", str(trained), "-t", TASK, "--scores", "scores", "-n", "5", "--resume", "kept")
+    real, count = Ledger.put, []
+
+    def put(self: Ledger, *outcome: Any) -> None:
+        real(self, *outcome)
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "put", put)
+    stopped = run(*asked, code=130)
+    assert "stopped: files that were written are whole" in stopped.output
+    assert "Traceback" not in stopped.output
+    assert "3 of them kept from before" in run(*asked).output
 
 
 def test_errors_in_the_library_itself_keep_their_traceback(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

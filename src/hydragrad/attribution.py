@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -12,12 +12,11 @@ from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, StoreError, message
 from hydragrad.files import (
     broken_file,
-    dumps,
     load_tensors,
     read_bytes,
     reading,
     save_tensors,
-    sha256,
+    seal,
     write_atomically,
 )
 from hydragrad.shapes import Float, Int
@@ -135,8 +134,8 @@ class Attribution:
         tensors = {"values": self.values, "train_ids": self.train_ids, "query_ids": self.query_ids}
         about = {"format": _FORMAT, "method": self.method, "run": self.run, "diagnostics": self.diagnostics.to_dict()}
         about |= {"tokens": True} if self.tokens else {}
-        seal = _seal(about, tensors)
-        write_atomically(path, save_tensors(tensors, {"attribution": about, "sha256": seal}))
+        tables = {"attribution": about, "sha256": seal(about, tensors)}
+        write_atomically(path, save_tensors(tensors, tables))
         return path
 
     @staticmethod
@@ -156,7 +155,7 @@ class Attribution:
                 )
             )
         assert isinstance(about, dict)
-        if tables.get("sha256") != _seal(about, tensors):
+        if tables.get("sha256") != seal(about, tensors):
             raise StoreError(broken_file(path, "was altered", "the hash of its content", str(tables.get("sha256"))))
         with reading(path):
             return Attribution(
@@ -182,12 +181,3 @@ class Attribution:
                 )
             )
         return int(places[0])
-
-
-def _seal(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """A hash of everything that a file of scores holds."""
-    parts = [dumps(about).encode()]
-    for name, tensor in sorted(tensors.items()):
-        parts.append(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        parts.append(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return sha256(b"\n".join(parts))

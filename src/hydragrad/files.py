@@ -157,7 +157,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except _UNREADABLE as error:
         got = f"{type(error).__name__}: {str(error)[:200]}"
-        raise StoreError(broken_file(path, "cannot be read", "what a recording writes", got)) from error
+        raise StoreError(broken_file(path, "cannot be read", "what hydragrad writes in such a file", got)) from error
 
 
 _UNREADABLE = (SafetensorError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError)
@@ -171,8 +171,17 @@ def broken_file(path: Path, what: str, expected: str, got: str) -> str:
         expected=expected,
         got=got,
         cause="the file was edited, swapped, deleted or only partly copied after it was written",
-        remedy="copy the whole folder again, or make it anew",
+        remedy="copy it again, whole, or make it anew",
     )
+
+
+def seal(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """A hash of a description and of named tensors: all that a file of an answer holds."""
+    parts = [dumps(about).encode()]
+    for name, tensor in sorted(tensors.items()):
+        parts.append(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        parts.append(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha256(b"\n".join(parts))
 
 
 def save_tensors(tensors: dict[str, Tensor], tables: dict[str, Any]) -> bytes:

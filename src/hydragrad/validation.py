@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hydragrad.errors import MismatchError, StoreError, message
-from hydragrad.files import load_tensors, save_tensors, write_atomically
+from hydragrad.files import broken_file, load_tensors, read_bytes, reading, save_tensors, seal, write_atomically
 from hydragrad.report.bootstrap import Interval, column_pearson, column_spearman, mean_interval
 from hydragrad.retraining.designs import Item
 from hydragrad.shapes import Float, Int
@@ -17,7 +17,7 @@ from hydragrad.shapes import Float, Int
 if TYPE_CHECKING:
     import pandas
 
-_FORMAT = 1
+_FORMAT = 2
 _WHAT = {
     "loo": "leaving one out",
     "subset": "removing random subsets (linear datamodeling score)",
@@ -167,7 +167,7 @@ class Validation:
         return draw_validation(path, self)
 
     def save(self, path: str | Path) -> Path:
-        """Write to one safetensors file, atomically; returns its path."""
+        """Write to one safetensors file, atomically; returns its path. A StoreError leaves an old file whole."""
         path = Path(path)
         counts = torch.tensor([len(item.ids) for item in self.items])
         ids = torch.tensor([i for item in self.items for i in item.ids], dtype=torch.int64)
@@ -177,22 +177,18 @@ class Validation:
         }
         about["items"] = [{k: v for k, v in asdict(item).items() if k != "ids"} for item in self.items]
         tensors = {name: getattr(self, name) for name in _TENSORS} | {"ids": ids, "counts": counts}
-        write_atomically(path, save_tensors(tensors, {"validation": {"format": _FORMAT, **about}}))
+        about["format"] = _FORMAT
+        tables = {"validation": about, "sha256": seal(about, tensors)}
+        write_atomically(path, save_tensors(tensors, tables))
         return path
 
     @staticmethod
     def load(path: str | Path) -> "Validation":
-        """Read what ``save`` wrote; raises StoreError for anything else."""
+        """Read what ``save`` wrote; raises StoreError for anything else, and for the slightest change."""
         path = Path(path)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise StoreError(
-                message(f"cannot read {path}", got=str(error), remedy="name a file made by save()")
-            ) from error
-        tensors, tables = load_tensors(path, data)
-        about = tables.get("validation", {})
-        if about.pop("format", None) != _FORMAT:
+        tensors, tables = load_tensors(path, read_bytes(path))
+        about = tables.get("validation")
+        if not isinstance(about, dict) or about.get("format") != _FORMAT:
             raise StoreError(
                 message(
                     f"{path} holds no validation of this version",
@@ -200,9 +196,13 @@ class Validation:
                     remedy="name a file made by Validation.save",
                 )
             )
-        parts = tensors.pop("ids").split(tensors.pop("counts").tolist())
-        items = (Item(ids=tuple(ids.tolist()), **item) for ids, item in zip(parts, about.pop("items"), strict=True))
-        return Validation(**tensors, items=tuple(items), **about)
+        if tables.get("sha256") != seal(about, tensors):
+            raise StoreError(broken_file(path, "was altered", "the hash of its content", str(tables.get("sha256"))))
+        with reading(path):
+            parts = tensors.pop("ids").split(tensors.pop("counts").tolist())
+            items = (Item(ids=tuple(ids.tolist()), **item) for ids, item in zip(parts, about.pop("items"), strict=True))
+            del about["format"]
+            return Validation(**tensors, items=tuple(items), **about)
 
     def _curve_lines(self) -> list[str]:
         targets = sorted({i.target for i in self.items if i.kind == "helpful"}, key=lambda t: -1 if t is None else t)

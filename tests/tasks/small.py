@@ -9,6 +9,8 @@ import hydragrad as hg
 from tests.trajectory.loops import losses, make_data, make_model, sgd
 
 SOURCE = """
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,6 +44,9 @@ def make(hidden=3, lr=0.1, loss=loss):
 small = make()
 wider = make(hidden=5)
 slower = make(lr=0.01)
+narrow = replace(small, test=TensorDataset(points[20:, :3], labels[20:]))
+texts = replace(small, test=["some", "words"] * 5)
+ragged = replace(small, test=[(torch.zeros(size), 1) for size in range(10)])
 squared = make(loss=lambda model, batch: loss(model, batch) ** 2)
 eleven = 11
 

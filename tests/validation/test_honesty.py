@@ -118,8 +118,15 @@ def test_saved_tabled_and_drawn(run: hg.Run, scores: hg.Attribution, tmp_path: P
         assert picture[..., :3].std() > 0.05
     with pytest.raises(hg.StoreError, match="holds no validation"):
         hg.Validation.load(scores.save(tmp_path / "scores"))
-    with pytest.raises(hg.StoreError, match="cannot read"):
+    with pytest.raises(hg.StoreError, match="absent is missing"):
         hg.Validation.load(tmp_path / "absent")
+    altered = bytearray((tmp_path / "new/loo.safetensors").read_bytes())
+    altered[-9] ^= 1
+    (tmp_path / "altered").write_bytes(altered)
+    with pytest.raises(hg.StoreError, match="altered was altered"):
+        hg.Validation.load(tmp_path / "altered")
+    with pytest.raises(hg.StoreError, match="cannot write"):
+        found.plot(tmp_path / "altered" / "x.png")
 
 
 def test_the_plan_comes_first_and_is_near(run: hg.Run, scores: hg.Attribution, capsys: Any) -> None:

@@ -1,5 +1,6 @@
 """Where the commands write, and how refusals are shown: the message alone, exit code 1."""
 
+import signal
 from typing import Any, final
 
 import typer
@@ -23,9 +24,12 @@ def say(*lines: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
+STOPPED = "stopped: files that were written are whole, and a command with --resume goes on where it was"
+
+
 @final
 class Refusing(TyperGroup):
-    """A group of commands that ends with exit code 1 and a message where the library refuses."""
+    """A group of commands that ends with a message and exit code 1 where the library refuses, 130 when interrupted."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -33,3 +37,6 @@ class Refusing(TyperGroup):
         except HydragradError as error:
             _errors.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
             raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            _errors.print(STOPPED, soft_wrap=True)
+            raise typer.Exit(128 + signal.SIGINT) from error

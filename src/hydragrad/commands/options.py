@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from hydragrad.files import stage
+
 TASK = (
     "What was trained: a ready task (digits, digits-flipped), module:object, or path/to/file.py:object, where the "
     "object is a hydragrad.Task or a function without arguments that returns one."
@@ -24,6 +26,9 @@ def known_queries(queries: Sequence[int] | None, count: int) -> None:
 
 
 def file_to_write(path: Path | None, option: str) -> None:
-    """Refuse a folder as wrong usage, before anything long."""
-    if path is not None and path.is_dir():
+    """Before anything long: a folder is wrong usage, and a place that cannot be written raises StoreError."""
+    if path is None:
+        return
+    if path.is_dir():
         raise typer.BadParameter(f"{path} is a folder; name a file", param_hint=option)
+    stage(path, b"").unlink()

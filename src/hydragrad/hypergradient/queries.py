@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from hydragrad.errors import MismatchError, NonFiniteError, message
+from hydragrad.errors import HydragradError, MismatchError, NonFiniteError, message
 from hydragrad.files import sha256
 from hydragrad.hypergradient.curvature import over_block, vjp
 from hydragrad.problem import Problem
@@ -123,7 +124,11 @@ class Queries:
     def values(self, state: State) -> Tensor:
         """M [M] at a state."""
         with torch.no_grad():
-            return torch.cat([measure(at) for _, measure, at in self._batches(state, torch.arange(self.count))])
+            values = []
+            for ids, measure, at in self._batches(state, torch.arange(self.count)):
+                with _measuring(ids):
+                    values.append(measure(at))
+        return torch.cat(values)
 
     def digest(self) -> str:
         """Tells these queries from others by their content, in order."""
@@ -138,7 +143,7 @@ class Queries:
             local, rows = columns.of[ids].unique(return_inverse=True)
             cotangents = torch.zeros(len(local), len(ids), dtype=at[0].dtype)
             cotangents[rows, torch.arange(len(ids))] = columns.factor[ids].to(at[0].dtype)
-            with self._objective.differentiable():
+            with self._objective.differentiable(), _measuring(ids):
                 gradients = pulled_back(measure, at, cotangents.to(self.device))
             if total is None:
                 total = [torch.zeros(width, *x.shape, dtype=x.dtype, device=x.device) for x in at]
@@ -165,7 +170,8 @@ class Queries:
         known, count = {*names, *carried}, len(names)
         rest = {name: x for name, x in {**state.params, **state.buffers}.items() if name not in known}
         for part in ids.split(self._together):
-            batch = self._source.fetch(part)
+            with _measuring(part):
+                batch = self._source.fetch(part)
 
             def measure(at: Vectors, batch: Any = batch, part: Tensor = part) -> Tensor:
                 return _checked(self._objective.losses(at[:count], rest, batch, at[count:]), len(part))
@@ -189,6 +195,25 @@ def pulled_back(function: Callable[[Vectors], Tensor], params: Vectors, cotangen
                 torch.autograd.grad(out, leaves, row, retain_graph=True, materialize_grads=True) for row in cotangents
             ]
         return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
+
+
+@contextmanager
+def _measuring(ids: Tensor) -> Iterator[None]:
+    """Turn an error of the user's code on these queries into a MismatchError that names them."""
+    try:
+        yield
+    except (HydragradError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise MismatchError(
+            message(
+                f"queries {int(ids[0])} to {int(ids[-1])} cannot be measured",
+                expected="samples as the training data has them: input of the same shape, label",
+                got=f"{type(error).__name__}: {str(error)[:300]}",
+                cause="queries of another shape or kind, or a loss (or measurement=) that does not take them",
+                remedy="call loss(model, batch) on a batch of the queries by hand",
+            )
+        ) from error
 
 
 def _evaluation(model: nn.Module) -> nn.Module:

@@ -1,5 +1,6 @@
 """Pictures of an answer: one query and the training images that made it so."""
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, final
 from torch import Tensor
 
 from hydragrad.errors import UnsupportedError, message
+from hydragrad.files import write_atomically
 
 HELPED, HARMED, WRONG = "#0b7a75", "#b4531a", "#c1121f"
 INK, QUIET, FAINT = "#22272c", "#5c6670", "#c9ced3"
@@ -65,10 +67,10 @@ def figure_on_file(width: float, height: float) -> tuple[Any, Callable[[str | Pa
     canvas_class(figure)
 
     def save(path: str | Path, dpi: int) -> Path:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=dpi, metadata={"Software": None})  # the same picture, the same bytes
-        return path
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=dpi, format="png", metadata={"Software": None})  # the same picture, the same bytes
+        write_atomically(Path(path), drawn.getvalue())
+        return Path(path)
 
     return figure, save
 
