@@ -124,14 +124,17 @@ def findings(tasks: dict[str, Any]) -> str:
         first, behind = [], []
         for name, task in tasks.items():
             own, (other, value) = mean(task["methods"].get(method, []), column), best_of(task["methods"], column)
-            if own is None:
+            if own is None or value is None:  # nothing to compare
                 continue
-            if value is None or own >= value:
+            if own >= value:
                 first.append(name)
             else:
                 behind.append(f"{name} ({other} {value:.{digits}f} against {own:.{digits}f})")
         if first or behind:
-            parts = [f"first on {', '.join(first)}" if first else "", f"not on {', '.join(behind)}" if behind else ""]
+            parts = [
+                f"first on {', '.join(first)}" if first else "",
+                f"not first on {', '.join(behind)}" if behind else "",
+            ]
             words = "; ".join(part for part in parts if part)
             lines.append(f"- **{what}**: `{method}` is {words}.")
     return "\n".join(lines)

@@ -73,9 +73,9 @@ def test_the_best_of_the_others_is_neither_ours_nor_the_same_derivative():
 def test_findings_say_who_is_first_and_who_is_not():
     other = {**TASK, "methods": {**TASK["methods"], "tracin": [measured(seed=0, loo=0.65, **{"self.auroc": 0.95})]}}
     found = findings({"a-task": TASK, "b-task": other})
-    assert "- **LOO**: `exact` is first on a-task; not on b-task (tracin 0.65 against 0.60)." in found
-    assert "- **LDS 10 %**: `exact` is first on b-task; not on a-task (tracin 0.40 against 0.30)." in found
-    assert "`el2n` is first on a-task; not on b-task (tracin 0.950 against 0.900)." in found
+    assert "- **LOO**: `exact` is first on a-task; not first on b-task (tracin 0.65 against 0.60)." in found
+    assert "- **LDS 10 %**: `exact` is first on b-task; not first on a-task (tracin 0.40 against 0.30)." in found
+    assert "`el2n` is not first on b-task (tracin 0.950 against 0.900)." in found
     assert "`smoothed`" not in found
 
 
