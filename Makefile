@@ -58,6 +58,7 @@ endif
 paper: $(VENV)/.dev  ## run the studies behind the tables in the documentation
 	$(BIN)/python -m experiments.approximation
 	$(BIN)/python -m experiments.ladder
+	$(BIN)/python -m experiments.smoothing
 	$(BIN)/python -m experiments.mislabels
 	$(BIN)/python -m experiments.resnet
 

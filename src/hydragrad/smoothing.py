@@ -20,7 +20,7 @@ FRACTION = 0.1
 SUBSETS = 8
 """Retrainings that put smoothed scores to the proof."""
 RELIABLE, DOUBTFUL = 0.5, 0.25
-"""Correlations of predicted and actual changes down to which smoothed scores are called reliable, doubtful."""
+"""Correlations of predicted and actual changes down to which smoothed scores are reliable, doubtful; conventions."""
 
 
 @final

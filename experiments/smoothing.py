@@ -1,0 +1,189 @@
+"""Smoothed scores beside exact ones: which predict what removing one example, or many at once, does.
+
+`python -m experiments.smoothing` trains, retrains without single examples and without random subsets, takes the scores
+of reweighted runs one by one, and prints the tables of docs/smoothing.md: Spearman correlation of scores and measured
+changes (mean over 40 queries, over seeds, with the mean of the seeds' 95 % bootstrap intervals). What was computed is
+kept in --out, so that a second call goes on from there. --only names the kinds of runs to be swept.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import hydragrad as hg
+from comparison.exchange import Folder
+from comparison.tasks import TASKS, Spec
+from comparison.truth import FRACTIONS, open_run, truth_of
+from hydragrad import baselines
+from hydragrad.report.bootstrap import mean_interval
+from hydragrad.smoothing import removals
+
+SEEDS = {"digits-sgd": (0,), "digits-adamw": (0,), "breast-cancer": (0, 1)}
+REMOVED, SUBSETS = 40, 48
+Tensors = dict[str, Tensor]
+
+
+def _random(runs: int, fraction: float, seed: int) -> Callable[[int, int], Tensor]:
+    """The recorded run and others that lack a random part each: what ``smoothing=`` takes the mean of."""
+    return lambda count, task_seed: removals(count, runs, fraction, seed + task_seed)
+
+
+def _folds(count: int, seed: int) -> Tensor:
+    """Eight runs that lack an eighth each, every example in one of them."""
+    weights = torch.ones(8, count, dtype=torch.float64)
+    for row, part in zip(
+        weights, torch.randperm(count, generator=torch.Generator().manual_seed(6000 + seed)).chunk(8), strict=True
+    ):
+        row[part] = 0.0
+    return weights
+
+
+def _halves(count: int, seed: int) -> Tensor:
+    """Four halves and what each of them leaves."""
+    half = removals(count, 4, 0.5, 4000 + seed)
+    return torch.cat([half, 1 - half])
+
+
+def _normal(count: int, seed: int) -> Tensor:
+    """Weights 1 + 0.3 z, z normal: those for which Stein's identity holds."""
+    generator = torch.Generator().manual_seed(5000 + seed)
+    return 1 + 0.3 * torch.randn(8, count, generator=generator, dtype=torch.float64)
+
+
+KINDS: dict[str, tuple[str, Callable[[int, int], Tensor]]] = {
+    "smoothed, f = 0.1": ("exact", _random(16, 0.1, 1000)),
+    "smoothed, f = 0.3": ("exact", _random(8, 0.3, 2000)),
+    "gauss-newton smoothed, f = 0.1": ("gauss-newton", _random(8, 0.1, 1000)),
+    "smoothed, f = 0.05": ("exact", _random(8, 0.05, 3000)),
+    "eight folds": ("exact", _folds),
+    "four halves and their complements": ("exact", _halves),
+    "normal weights, 0.3": ("exact", _normal),
+}
+FEW = ("smoothed, f = 0.1", "smoothed, f = 0.3", "gauss-newton smoothed, f = 0.1")
+"""What a task of minutes is swept for; all kinds where it takes seconds."""
+USUAL: dict[str, tuple[str, ...]] = {"digits-sgd": FEW, "digits-adamw": FEW}
+
+
+class Answers:
+    """Tensors that were computed for one run, in a file that grows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.held: Tensors = load_file(path) if path.is_file() else {}
+
+    def get(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        if name not in self.held:
+            self.held[name] = compute().contiguous()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(self.held, self.path.with_suffix(".tmp"))
+            self.path.with_suffix(".tmp").replace(self.path)
+        return self.held[name]
+
+
+def gather(spec: Spec, seed: int, answers: Answers, kinds: Sequence[str]) -> Tensors:
+    """Truth, unsmoothed scores, and for each kind of runs their scores [R, N, M] and sizes [R, M]."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "folder"
+        if not spec.record(path, seed, False):
+            return {}
+        folder = Folder(path)
+        run = open_run(folder)
+        for name in ("ids", "weights", "changes"):
+            answers.get(f"truth/{name}", lambda name=name: truth_of(folder, spec)[name])
+
+        def scores(method: str, weights: Tensor | None) -> Tensor:
+            given: dict[str, Any] = {"check": False, "progress": False, "compile": False, "weights": weights}
+            each = hg.attribute(run, folder.queries, method=method, by_epoch=True, **given).values.double()
+            # every example is seen once an epoch: its terms are its epochs' scores; the last row holds the sizes
+            return torch.cat([each.sum(0), each.square().sum((0, 1)).sqrt()[None]])
+
+        influence = lambda: baselines.influence(run, folder.queries, iterations=20, curvature="gauss-newton")  # noqa: E731
+        answers.get("influence-cg, gauss-newton", lambda: influence().values)
+        for method in ("exact", "gauss-newton"):
+            answers.get(method, lambda method=method: scores(method, None)[:-1])
+        for kind in kinds:
+            method, draw = KINDS[kind]
+            for number, weights in enumerate(draw(run.num_examples, seed)):
+                answers.get(f"{kind}/{number}", lambda m=method, w=weights: scores(m, w))
+    return answers.held
+
+
+def mean(runs: Tensor, *, sized: bool = True) -> Tensor:
+    """What ``smoothing=`` makes of runs [R, N + 1, M], the last row their sizes; or their plain mean."""
+    weights = 1 / runs[:, -1:] if sized else torch.ones_like(runs[:, -1:])
+    return ((runs * weights).sum(0) / weights.sum(0))[:-1]
+
+
+def candidates(held: Tensors) -> Iterator[tuple[str, Tensor]]:
+    """Every way to scores, by name."""
+    for name in ("exact", "gauss-newton", "influence-cg, gauss-newton"):
+        yield name, held[name].double()
+    for kind, (_, draw) in KINDS.items():
+        most = len(draw(1000, 0))
+        found = [held[f"{kind}/{n}"] for n in range(most) if f"{kind}/{n}" in held]
+        for runs in (4, 8, 16):
+            if runs <= len(found) and (runs == most or draw.__qualname__.startswith("_random")):
+                yield f"{kind}, R = {runs}", mean(torch.stack(found[:runs]))
+                yield f"{kind}, R = {runs}, plain mean", mean(torch.stack(found[:runs]), sized=False)
+
+
+def measured(held: Tensors, scores: Tensor, seed: int) -> dict[str, list[float]]:
+    """Mean Spearman correlation with its interval: one example, then subsets of each size."""
+    ids, changes = held["truth/ids"], held["truth/changes"]
+    predicted = (1 - held["truth/weights"].double()) @ scores
+    parts = {"LOO": (scores[ids], changes[: len(ids)])}
+    for place, fraction in enumerate(FRACTIONS):
+        part = slice(len(ids) + place * SUBSETS, len(ids) + (place + 1) * SUBSETS)
+        parts[f"LDS {fraction:.0%}"] = (predicted[part], changes[part])
+    intervals = {name: mean_interval(a, b, seed) for name, (a, b) in parts.items()}
+    return {name: [found.mean, found.low, found.high] for name, found in intervals.items()}
+
+
+def table(rows: dict[str, list[dict[str, list[float]]]]) -> str:
+    """Means over seeds; behind them the means of the intervals' ends."""
+    columns = list(next(iter(rows.values()))[0])
+    lines = ["| scores | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, seeds in rows.items():
+        cells = []
+        for column in columns:
+            at, low, high = torch.tensor([row[column] for row in seeds]).mean(0).tolist()
+            cells.append(f"{at:.2f} ({low:.2f} to {high:.2f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench-output/smoothing"))
+    parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=list(SEEDS))
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--only", nargs="*", choices=sorted(KINDS), help="kinds of runs to sweep")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results: dict[str, dict[str, list[dict[str, list[float]]]]] = {}
+    for name in options.tasks:
+        spec = replace(TASKS[name], removed=REMOVED, subsets=SUBSETS)
+        rows: dict[str, list[dict[str, list[float]]]] = {}
+        for seed in options.seeds or SEEDS.get(name, (0,)):
+            kinds = options.only or USUAL.get(name, tuple(KINDS))
+            held = gather(spec, seed, Answers(options.out / f"{name}-{seed}.safetensors"), kinds)
+            for way, scores in candidates(held) if held else ():
+                rows.setdefault(way, []).append(measured(held, scores, seed))
+        if not rows:
+            print(f"{name} is left out: its data is not here (set HYDRAGRAD_DATA to the data's folder)")
+            continue
+        results[name] = rows
+        print(f"\n{name}, {len(rows['exact'])} seed(s)\n\n{table(rows)}", flush=True)
+    (options.out / "results.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
