@@ -61,6 +61,7 @@ def attribute(
     smoothing: int | None = None,
     fraction: float = FRACTION,
     weights: Tensor | None = None,
+    drift_tolerance: float | None = None,
 ) -> Attribution:
     """Scores of every training example for every query, by one reverse sweep over the recorded run.
 
@@ -77,14 +78,16 @@ def attribute(
     which finished blocks of queries are kept: the same call, made again after a kill, goes on from there and ends bit
     for bit as it would have (another question in that folder is refused, and the difference named); ``smoothing``: the
     mean of the scores of so many runs, the recorded one and others without a random ``fraction`` of the examples (under
-    ``seed``), for questions about many examples at once; ``weights`` [N]: the scores of one run with these weights.
+    ``seed``), for questions about many examples at once; ``weights`` [N]: the scores of one run with these weights;
+    ``drift_tolerance``: how far the gradient that is differentiated may be from the training step's, relatively (None:
+    rounding, and 0.05 for steps under autocast, which are differentiated in full precision; more is refused).
 
     Raises MismatchError, UnsupportedError, NonFiniteError, StoreError (``resume``). Source: HYDRA, arXiv 2102.02515.
     Example: ``hydragrad.attribute(run, test_set).top(query=3, k=10)``.
     """
     began = time.perf_counter()
     check_method(method)
-    sweep = Sweep.of(run, step, tokens=tokens)
+    sweep = Sweep.of(run, step, tokens=tokens, drift_tolerance=drift_tolerance)
     runs = Runs.of(run.num_examples, smoothing, fraction, weights, seed)
     wanted = _Wanted.of(sweep, method, queries, measurement, aggregate, Rows.make(run, groups, train), runs)
     scores = wanted.scores(by_epoch, groups is not None)
@@ -107,7 +110,7 @@ def attribute(
         watch = _sweep(wanted, scores, plan, progress, pieces)
         swept = time.perf_counter() - began
         smoothed = None if runs.fraction is None else Smoothing(len(runs), runs.fraction, scores.spread)
-        checks = Checks(smoothing=smoothed)
+        checks = Checks(gap=plan.gradient_gap, half=str(run.half_precision or ""), smoothing=smoothed)
         if check:
             checks = _check(wanted, scores, plan, watch, checks, seed, progress)
     seconds = time.perf_counter() - began
@@ -236,6 +239,7 @@ def _diagnose(
         range=found.range if found else None,
         nondeterminism=str(checks.unsteady or ""),
         smoothing=checks.smoothing,
+        half_precision=checks.half.removeprefix("torch."),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from hydragrad.derivatives import DERIVATIVES
 from hydragrad.diagnostics import Range, Rung, Smoothing, Verdict
 from hydragrad.errors import NonFiniteError
+from hydragrad.hypergradient.consistency import HALF_PRECISION
 from hydragrad.hypergradient.queries import Columns, Queries
 from hydragrad.run import Run
 from hydragrad.smoothing import judge as judge_smoothed
@@ -147,13 +148,16 @@ def _correlation(a: Tensor, b: Tensor) -> float:
 class Checks:
     """What was looked at besides the sweep: the ladder, torch's derivatives, a step repeated. None: not looked at.
 
-    ``smoothing``: for means over several runs, in place of the ladder.
+    ``smoothing``: for means over several runs, in place of the ladder; ``gap``: of the gradient that is differentiated
+    to the step's; ``half``: the dtype of autocast, if steps ran under it.
     """
 
     found: FiniteDifferences | None = None
     derivatives: float | None = None
     unsteady: Nondeterminism | None = None
     smoothing: Smoothing | None = None
+    gap: float = 0.0
+    half: str = ""
 
 
 def judge(
@@ -193,6 +197,12 @@ def judge(
         reasons.append(
             f"the replay ended {drift:.1e} (relative) away from the recorded run: "
             + str(checks.unsteady or "another machine, thread count or non-deterministic kernels")
+        )
+    if checks.half and checks.gap > HALF_PRECISION:
+        verdict = "meaningless" if verdict == "meaningless" else "doubtful"
+        reasons.append(
+            f"the gradient in full precision is {checks.gap:.1%} from the step's, which ran under autocast "
+            f"({checks.half}): beyond the {HALF_PRECISION:.0%} that is usual, and allowed by drift_tolerance"
         )
     return verdict, tuple(reasons)
 

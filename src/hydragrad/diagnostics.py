@@ -93,6 +93,8 @@ class Diagnostics:
     every checkpoint that the replay came by; ``range``: how far weights may move for the scores to hold (None: not
     checked); ``nondeterminism``: what differs when a step is repeated, in words (empty: nothing, or nothing drifted);
     ``smoothing``: the runs that smoothed scores are means over, drawn under ``seed`` (None: not smoothed);
+    ``half_precision``: the dtype of autocast in training (empty: none): the replay follows it, the sweep is in full
+    precision, and ``gradient_gap`` says how far apart the two are;
     ``verdict`` and ``reasons``: whether first-order scores are reliable for this run, in words; ``summary`` is a
     sentence of both.
     """
@@ -115,6 +117,7 @@ class Diagnostics:
     drift_by_checkpoint: tuple[tuple[int, float], ...] = ()
     range: Range | None = None
     nondeterminism: str = ""
+    half_precision: str = ""
     smoothing: Smoothing | None = None
 
     @property
@@ -154,6 +157,11 @@ class Diagnostics:
         lines += [
             f"  weights 1 +- {r.step:g}: error {r.error:.3f}, correlation {r.correlation:.2f}" for r in self.ladder
         ]
+        if self.half_precision:
+            lines.append(
+                f"  trained under autocast ({self.half_precision}), differentiated in full precision: gradients "
+                f"{self.gradient_gap or 0.0:.1%} apart on one batch"
+            )
         if self.range is not None:
             lines.append(f"  {self.range}")
         if self.drift:

@@ -136,6 +136,7 @@ def hypergradients(
     compile: bool | None = None,
     check: bool = True,
     progress: bool = True,
+    drift_tolerance: float | None = None,
 ) -> Hypergradients:
     """dw_T/d eps_i of chosen examples by the forward sweep (HYDRA's Algorithm 1), for any queries afterwards.
 
@@ -150,7 +151,7 @@ def hypergradients(
     began = time.perf_counter()
     check_method(method)
     ids = example_ids(examples, run.num_examples, "examples")
-    sweep = Sweep.of(run, step)
+    sweep = Sweep.of(run, step, drift_tolerance=drift_tolerance)
     with kept_random_state(), kept_pages():
         plan = plan_sweep(sweep, len(ids), method, rows=1, memory=memory, block=block, compile=compile, forward=True)
         manifest, objective = run.trajectory.manifest, sweep.objective

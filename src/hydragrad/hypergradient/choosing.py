@@ -22,8 +22,6 @@ from hydragrad.trajectory.state import State
 
 _RANDOM = 10_000
 """Bytes of the random states in a stored state."""
-_HALF = 0.05
-"""Relative difference up to which a gradient of half precision (autocast) may differ from the one differentiated."""
 
 
 @final
@@ -138,7 +136,7 @@ def _probe_point(sweep: Sweep) -> tuple[Point, float, float]:
         replayer.restore(state)
         gradient.update(advance(replayer, record))
 
-    key = ("probed", start, sweep.objective.names)
+    key = ("probed", start, sweep.objective.names, sweep.gap_limit)
     known = key in sweep.run.memo
     seconds = 0.0
     if not known or record.random:  # a step that draws leaves its random states with the replayer
@@ -146,8 +144,7 @@ def _probe_point(sweep: Sweep) -> tuple[Point, float, float]:
     moment = Moment(record, state_on(state, replayer.device), gradient, replayer.batches(record), replayer.random)
     points = [point for _, _, point in points_of(moment, sweep.objective)]
     if not known:
-        half = sweep.run.half_precision is not None
-        sweep.run.memo[key] = (seconds, gradient_gap(sweep.objective, points, gradient, _HALF if half else None))
+        sweep.run.memo[key] = (seconds, gradient_gap(sweep.objective, points, gradient, sweep.gap_limit))
     replay, gap = sweep.run.memo[key]
     return points[0], replay, gap
 

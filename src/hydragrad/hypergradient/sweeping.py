@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hydragrad.errors import UnsupportedError, message
+from hydragrad.hypergradient.consistency import HALF_PRECISION
 from hydragrad.run import Run
 from hydragrad.step import update_for
 from hydragrad.step.objective import Objective
@@ -34,9 +35,11 @@ class Sweep:
     optimizer: OptimizerMap
     tokens: bool = False
     """Whether the terms of tokens are to be told apart, which not every engine does."""
+    drift_tolerance: float | None = None
+    """How far the gradient that is differentiated may be from the step's, relatively; None: by what it was taken in."""
 
     @staticmethod
-    def of(run: Run, step: int | None = None, *, tokens: bool = False) -> "Sweep":
+    def of(run: Run, step: int | None = None, *, tokens: bool = False, drift_tolerance: float | None = None) -> "Sweep":
         """Raises UnsupportedError for what cannot be differentiated (yet), naming it."""
         stop = run.num_steps if step is None else step
         manifest = run.trajectory.manifest
@@ -66,9 +69,18 @@ class Sweep:
             objective,
             OptimizerMap(update_for(manifest.optimizer["class"]), trained, groups),
             tokens,
+            drift_tolerance,
         )
         sweep._refuse()
+        if drift_tolerance is not None and not drift_tolerance > 0:
+            raise UnsupportedError(message("bad drift_tolerance", expected="a number above 0", got=drift_tolerance))
         return sweep
+
+    @property
+    def gap_limit(self) -> float | None:
+        """What ``gradient_gap`` allows: as asked for; else for autocast's rounding, or (None) for that of the dtype."""
+        usual = None if self.run.half_precision is None else HALF_PRECISION
+        return usual if self.drift_tolerance is None else self.drift_tolerance
 
     @property
     def dtype(self) -> torch.dtype:
