@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, how it refuses."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import hydragrad as hg
 from hydragrad.cli import main
 from hydragrad.commands.app import app
 from hydragrad.retraining.ledger import Ledger
+from tests.children import ended, fork
 from tests.report.reading import Read
 from tests.tasks.small import write_source
 
@@ -58,6 +60,22 @@ def test_train_records_the_run_of_the_task(folder: Path) -> None:
     refused = run("train", TASK, "--out", "runs/small", code=1)
     assert "overwrite" in refused.output
     assert "6 steps" in run("train", TASK, "--out", "runs/small", "--overwrite").output
+
+
+def test_a_killed_training_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> None:
+        taken = iter(range(9))
+        monkeypatch.setattr(
+            "hydragrad.tasks.training.tqdm.update", lambda *_: os._exit(9) if next(taken) == 5 else None
+        )
+        run("train", TASK, "--out", "runs/small", "--resume", "--checkpoint-every", "2")
+
+    assert ended(fork(work)) == 9
+    printed = run("train", TASK, "--out", "runs/small", "--resume", "--checkpoint-every", "2").output
+    assert "gone on from step 4; 0 recorded steps after it were taken again" in printed
+    assert "recorded 6 steps in runs/small" in printed
+    refused = run("train", TASK, "--out", "runs/small", "--resume", "--checkpoint-every", "2", code=1)
+    assert "is finished" in refused.output
 
 
 def test_verify_says_whether_the_replay_is_the_run(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

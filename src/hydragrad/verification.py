@@ -83,6 +83,8 @@ def verify(run: Run) -> Verification:
         check_finite(replayer.state(), replayer, run.trajectory)
     except NonFiniteError as error:
         reasons.append(f"the run itself is not finite: {error}")
+    for step, dropped in run.trajectory.resumptions:
+        reasons.append(f"the recording was gone on with at step {step}; {dropped} recorded steps after it were dropped")
     if not run.trajectory.complete:
         reasons.append(f"the recording is incomplete ({run.trajectory.reason}): {run.num_steps} steps were kept")
     return Verification(done == run.num_steps and not apart, exact, done, drift, first, tuple(reasons), unsteady)

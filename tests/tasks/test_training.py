@@ -1,13 +1,17 @@
 """Training a task is an ordinary seeded loop, recorded."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import hydragrad as hg
+from hydragrad.errors import StoreError
+from tests.children import ended, fork
 from tests.tasks.small import make_task
 from tests.trajectory.loops import assert_same_params, losses, sgd
 
@@ -115,3 +119,25 @@ def test_a_loss_averaged_already_is_refused_at_once(tmp_path: Path) -> None:
         hg.train(task, tmp_path / "run")
     with pytest.raises(hg.MismatchError, match="no task to train"):
         hg.train("digits", tmp_path / "name")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stopped_after", [1, 4, 5, 6, 8])
+def test_a_killed_training_goes_on_and_ends_as_it_would_have(
+    stopped_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(seed=3, scheduler=lambda optimizer: StepLR(optimizer, 1, 0.5))
+    whole = hg.train(task, tmp_path / "whole")
+
+    def work() -> None:
+        taken = iter(range(1, 99))
+        monkeypatch.setattr(tqdm, "update", lambda *_: os._exit(9) if next(taken) > stopped_after else None)
+        hg.train(task, tmp_path / "run", resume=True, checkpoint_every=2)
+
+    assert ended(fork(work)) == 9
+    run = hg.train(task, tmp_path / "run", resume=True, checkpoint_every=2)
+    assert [at for at, _ in run.trajectory.resumptions] == [(stopped_after - 1) // 2 * 2]
+    assert_same_params(final(run), final(whole))
+    assert [step.groups[0]["lr"] for step in run.steps] == [step.groups[0]["lr"] for step in whole.steps]
+    assert hg.verify(run).exact
+    with pytest.raises(StoreError, match="is finished"):
+        hg.train(task, tmp_path / "run", resume=True, checkpoint_every=2)

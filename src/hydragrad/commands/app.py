@@ -102,12 +102,16 @@ def train(
     task: TaskName,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the recorded run.", show_default=False)],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there already.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a killed run stopped; give it from the beginning.")
+    ] = False,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between stored states.")] = 100,
 ) -> None:
     """Train a task by an ordinary loop and record the run.
 
         hydragrad train digits --out runs/digits
         hydragrad train my_tasks.py:small --out runs/small --overwrite
+        hydragrad train digits --out runs/long --resume
 
     A task is a few lines of Python (in my_tasks.py):
 
@@ -116,7 +120,11 @@ def train(
     """
     chosen = resolve_task(task)
     say(f"{chosen}: {chosen.epochs} epochs in batches of {chosen.batch_size}, seed {chosen.seed}")
-    run = train_task(chosen, out, overwrite=overwrite, checkpoint_every=checkpoint_every, progress=interactive())
+    run = train_task(
+        chosen, out, overwrite=overwrite, resume=resume, checkpoint_every=checkpoint_every, progress=interactive()
+    )
+    for step, dropped in run.trajectory.resumptions:
+        say(f"gone on from step {step}; {dropped} recorded steps after it were taken again")
     test_loss = float(losses_at(run, run.trajectory.state(run.num_steps), chosen.test).mean())
     say(
         f"recorded {run.num_steps} steps in {out}; mean test loss {test_loss:.4f}",

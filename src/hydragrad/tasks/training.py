@@ -13,6 +13,7 @@ from hydragrad.run import Run, kept_random_state
 from hydragrad.tasks.task import Task
 from hydragrad.trajectory.batches import to_device
 from hydragrad.trajectory.recording import record
+from hydragrad.trajectory.resuming import Resumption
 
 
 def train(
@@ -20,14 +21,16 @@ def train(
     path: str | Path,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     checkpoint_every: int = 100,
     progress: bool = False,
 ) -> Run:
     """Train ``task`` by an ordinary loop, recorded into the folder ``path``, and load the recorded run.
 
     The same task gives the same run, bit for bit, on the same machine; torch's random state stays as it was.
-    ``checkpoint_every``: steps between stored states; ``progress``: show a bar. Raises StoreError if ``path`` holds a
-    run (unless ``overwrite``).
+    ``resume``: go on with a run in ``path`` whose process was killed (at its last stored state), and end as that would
+    have; where there is none, begin. ``checkpoint_every``: steps between stored states; ``progress``: show a bar.
+    Raises StoreError if ``path`` holds a run (unless ``overwrite`` or ``resume``), or a finished one (``resume``).
 
     Example: ``run = hydragrad.train(task, "runs/digits")``.
     """
@@ -37,7 +40,7 @@ def train(
         torch.manual_seed(task.seed)
         model = task.model()
         optimizer = task.optimizer(model)
-        _loop(task, Path(path), model, optimizer, overwrite, checkpoint_every, progress)
+        _loop(task, Path(path), model, optimizer, overwrite, resume, checkpoint_every, progress)
     return task.load(path)
 
 
@@ -58,6 +61,7 @@ def _loop(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     overwrite: bool,
+    resume: bool,
     checkpoint_every: int,
     progress: bool,
 ) -> None:
@@ -72,11 +76,16 @@ def _loop(
         reduction=reduction.name,
         checkpoint_every=checkpoint_every,
         overwrite=overwrite,
+        resume=resume,
+        states={"scheduler": scheduler} if resume and scheduler else {},
     )
     bar = tqdm(total=task.epochs * len(loader), desc="training", unit="step", delay=2, disable=not progress)
     with bar, recording:
-        for _ in range(task.epochs):
-            for place, batch in enumerate(recording.batches(loader)):
+        begun = recording.restore() if resume else Resumption()
+        bar.update(begun.step)
+        for epoch in range(begun.epoch, task.epochs):
+            first = begun.batch if epoch == begun.epoch else 0
+            for place, batch in enumerate(recording.batches(loader), start=first):
                 examples = min(task.batch_size, len(task.train) - place * task.batch_size)
                 batch = to_device(batch, device)
                 optimizer.zero_grad()

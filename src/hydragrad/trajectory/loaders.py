@@ -80,7 +80,7 @@ class WatchedLoader:
 
     def __init__(self, loader: DataLoader) -> None:
         _refuse_unwatchable(loader)
-        self._loader, self.data = loader, loader.dataset
+        self.loader, self.data = loader, loader.dataset
         self.length = len(loader.dataset)  # type: ignore[arg-type]
         self._sampler = _NotingSampler(loader._index_sampler, self.data)
         self._copy = copy.copy(loader)
@@ -94,21 +94,21 @@ class WatchedLoader:
         }
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self.loader)
 
     def begin(self, epoch: int) -> None:
         """The next pass is this epoch."""
         self._sampler.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
-        self._share_workers(self._loader, self._copy, self._sampler)
+        self._share_workers(self.loader, self._copy, self._sampler)
         try:
             for batch in self._copy:
                 if not self._sampler.noted:
                     raise UnsupportedError(
                         message(
                             "the loader yields more batches than its sampler made index lists",
-                            cause=f"{type(self._loader).__name__} iterates in a way of its own",
+                            cause=f"{type(self.loader).__name__} iterates in a way of its own",
                             remedy=_BY_HAND,
                         )
                     )
@@ -117,7 +117,7 @@ class WatchedLoader:
                     self.mode = kind
                 yield ids, batch
         finally:
-            self._share_workers(self._copy, self._loader, self._loader._index_sampler)
+            self._share_workers(self._copy, self.loader, self.loader._index_sampler)
 
     @staticmethod
     def _share_workers(source: DataLoader, target: DataLoader, sampler: Any) -> None:

@@ -12,7 +12,7 @@ from hydragrad.trajectory.clips import ClipNotes
 from hydragrad.trajectory.fingerprints import GradientFingerprint, Reading
 from hydragrad.trajectory.optimizers import HyperNotes
 from hydragrad.trajectory.randomness import Draw, DrawWriter
-from hydragrad.trajectory.state import Pass, StepRecord
+from hydragrad.trajectory.state import Hyper, Pass, StepRecord
 from hydragrad.trajectory.watching import Modes
 
 
@@ -44,6 +44,10 @@ class StepNotes:
         self._none: frozenset[str] = frozenset()
         self.groups = self._hyper.names
         """Names of the parameters of each param group."""
+
+    def hyper(self) -> tuple[Hyper, ...]:
+        """Hyperparameters of every param group now."""
+        return self._hyper.now()
 
     def note(self, index: int, batches: list[PendingBatch], skipped: list[PendingBatch]) -> Noted:
         """The step that is about to be taken, its gradients complete."""

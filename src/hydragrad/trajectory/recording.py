@@ -1,7 +1,7 @@
 """Watching a torch training loop: batches through ``Recording.batches``, steps through the optimizer's hooks."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -12,16 +12,20 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from hydragrad.amounts import Amount, bytes_of
-from hydragrad.errors import HydragradError, MismatchError, StoreError, UnsupportedError, message
+from hydragrad.errors import HydragradError, MismatchError, StoreError, message
 from hydragrad.trajectory.claims import BackwardWatch, Gathered, PendingBatch
 from hydragrad.trajectory.clips import ClipNotes
 from hydragrad.trajectory.describing import describe_run
 from hydragrad.trajectory.digests import batch_digests, describe_batch
 from hydragrad.trajectory.keeping import keep
 from hydragrad.trajectory.noting import Noted, StepNotes
+from hydragrad.trajectory.points import Point
 from hydragrad.trajectory.randomness import RandomState, RandomWatch
+from hydragrad.trajectory.resuming import Resumption, can_go_on, check_same, last_point, matching_point, put_back
+from hydragrad.trajectory.settings import Settings, refuse_closure
 from hydragrad.trajectory.sources import Sources, Watched
-from hydragrad.trajectory.state import State, capture_state, live_buffers
+from hydragrad.trajectory.state import Manifest, State, capture_state, live_buffers
+from hydragrad.trajectory.store import Trajectory
 from hydragrad.trajectory.thinning import Thinning
 from hydragrad.trajectory.watching import ModelWatch, Modes, unwrapped
 from hydragrad.trajectory.writer import StoreWriter
@@ -38,6 +42,8 @@ def record(
     overwrite: bool = False,
     scaler: GradScaler | None = None,
     keep_batches: bool = False,
+    resume: bool = False,
+    states: Mapping[str, Any] | None = None,
 ) -> "Recording":
     """Record a training loop into the folder ``path``; a context manager that changes none of the loop's numbers.
 
@@ -47,7 +53,10 @@ def record(
     torch.amp.GradScaler, whose scales are noted;
     ``keep_batches``: store the batches themselves, for data that cannot be made again. That costs their size on disk
     for every step (64 images of 3 x 32 x 32 floats: 0.8 MB a step), and memory for those of ``checkpoint_every`` steps.
-    Raises StoreError if the folder holds a run (unless ``overwrite``), UnsupportedError for what cannot be recorded.
+    ``resume``: go on with the run in the folder if there is one whose process died (see ``restore``); ``states``: by
+    name, other objects with state_dict and load_state_dict that going on takes (a scheduler), plain values only.
+    Raises StoreError if the folder holds a run (unless ``overwrite`` or ``resume``), UnsupportedError for what cannot
+    be recorded, MismatchError for another model, optimizer or data set than those of the run that is gone on with.
 
     Example::
 
@@ -55,54 +64,28 @@ def record(
             for batch in recording.batches(loader):
                 ...  # zero_grad, backward, step as ever
     """
-    if reduction not in (None, "mean", "sum"):
-        raise UnsupportedError(
-            message(
-                "unknown reduction",
-                expected="'mean', 'sum' or None",
-                got=repr(reduction),
-                remedy="code is not recorded: give a callable reduction to hydragrad.load instead",
-            )
-        )
-    if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
-        raise UnsupportedError(message("bad checkpoint_every", expected="a positive int", got=repr(checkpoint_every)))
-    if scaler is not None and scaler.is_enabled() and getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise UnsupportedError(
-            message(
-                "a fused optimizer skips a scaler's overflowing steps inside its kernel",
-                expected="an optimizer whose step() is not called on overflow",
-                got=f"{type(optimizer).__name__}(fused=True)",
-                cause="the gradients are unscaled, and the step perhaps skipped, where no recorder can see it",
-                remedy="make the optimizer with fused=False",
-            )
-        )
     limit = None if checkpoint_bytes is None else bytes_of(checkpoint_bytes, "checkpoint_bytes")
-    thinning = Thinning(checkpoint_every, limit)
-    return Recording(
-        Path(path), model, optimizer, reduction, checkpoint_every, overwrite, scaler, keep_batches, thinning
+    settings = Settings(
+        path=Path(path),
+        reduction=reduction,
+        checkpoint_every=checkpoint_every,
+        thinning=Thinning(checkpoint_every, limit),
+        overwrite=overwrite,
+        resume=resume,
+        scaler=scaler,
+        keep_batches=keep_batches,
+        states={**(states or {}), **({"scaler": scaler} if resume and scaler is not None else {})},
     )
+    settings.check_optimizer(optimizer)
+    return Recording(model, optimizer, settings)
 
 
 @final
 class Recording:
     """The context manager that ``record`` returns: see there."""
 
-    def __init__(
-        self,
-        path: Path,
-        model: nn.Module,
-        optimizer: Optimizer,
-        reduction: str | None,
-        checkpoint_every: int,
-        overwrite: bool,
-        scaler: GradScaler | None,
-        keep_batches: bool,
-        thinning: Thinning,
-    ) -> None:
-        self._path, self._model, self._optimizer = path, model, optimizer
-        self._reduction, self._checkpoint_every, self._overwrite = reduction, checkpoint_every, overwrite
-        self._thinning = thinning
-        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+    def __init__(self, model: nn.Module, optimizer: Optimizer, given: Settings) -> None:
+        self._model, self._optimizer, self._given = model, optimizer, given
         self._plain = plain = unwrapped(model)
         self._params: dict[str, Tensor] = dict(plain.named_parameters())
         self._buffers: dict[str, Tensor] = dict(plain.named_buffers())
@@ -110,8 +93,9 @@ class Recording:
         self._modes = Modes(plain)
         self._watch = ModelWatch(model, plain, self._modes, self._device)
         self._backwards = BackwardWatch(self._backward_seen)
-        self._sources, self._clips = Sources(), ClipNotes(self._params)
-        self._notes = StepNotes(self._params, optimizer, self._modes, self._clips, self._scaler)
+        self._sources = Sources(self._device, resumable=given.resume)
+        self._clips = ClipNotes(self._params)
+        self._notes = StepNotes(self._params, optimizer, self._modes, self._clips, given.used_scaler)
         self._random = RandomWatch(self._device)
         self._writer: StoreWriter | None = None
         self._open = contextlib.ExitStack()
@@ -120,12 +104,24 @@ class Recording:
         self._now = Gathered()
         self._taken: Noted | None = None  # between the hooks of one optimizer step
         self._steps: list[Noted] = []
-        self._kept: list[Any] | None = [] if keep_batches else None
+        self._kept: list[Any] | None = [] if given.keep_batches else None
         self._count = 0
+        self._begun: Trajectory | None = None  # the run to go on with, until it is known from which step
+        self._recorded: Manifest | None = None  # of a run that is gone on with
+        self._stepped = False
+        self._due = 0 if given.resume else -1  # the step at whose state the loop's place is to be kept
+        self._first: Point | None = None  # before the first step
         self._within = False  # between a batch and what follows it
 
     def __enter__(self) -> "Recording":
-        self._writer = StoreWriter(self._path, self._thinning, overwrite=self._overwrite)
+        given = self._given
+        writer = StoreWriter(given.path, given.thinning, overwrite=given.overwrite, resume=given.resume)
+        try:
+            self._begun = can_go_on(given.path) if given.resume else None
+        except BaseException:
+            writer.close()
+            raise
+        self._writer = writer
         self._open.enter_context(self._watch.watching())
         self._open.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
         self._open.callback(self._optimizer.register_step_post_hook(self._after_step).remove)
@@ -139,7 +135,7 @@ class Recording:
         self._open.close()
         assert self._writer is not None
         try:
-            if not self._writer.started and kind is None:
+            if not self._writer.started and kind is None and self._begun is None:
                 self._start()
             if self._writer.started:
                 self._end(self._writer, kind, error)
@@ -163,6 +159,53 @@ class Recording:
             failed = failed or refused
         if failed is not None and kind is None:
             raise failed
+
+    def restore(self) -> Resumption:
+        """Put model, optimizer, ``states`` and random generators back to the last stored state; where that is.
+
+        With ``record(..., resume=True)``, before the first batch. The loop then begins with the pass it says; batches
+        of it that were trained on are passed by. In a new run nothing is put back. Raises StoreError where the run does
+        not say where its loop stood, MismatchError for another model or optimizer.
+
+        Example::
+
+            with hydragrad.record("runs/mnist", model, optimizer, resume=True) as recording:
+                for epoch in range(recording.restore().epoch, 10):
+                    for batch in recording.batches(loader):
+                        ...
+        """
+        if self._writer is None or not self._given.resume or self._count:
+            raise HydragradError(
+                message(
+                    "there is nothing to restore",
+                    expected="the first thing inside `with hydragrad.record(..., resume=True) as recording:`",
+                )
+            )
+        if self._begun is None:
+            return Resumption()
+        check_same(self._described(), self._begun.manifest, but=("collate", "data_length"))
+        point = last_point(self._begun)
+        state = self._begun.state(point.step)
+        buffers = live_buffers(self._plain, self._buffers)
+        put_back(point, state, self._params, buffers, self._optimizer, self._given.states)
+        return self._go_on(self._begun, point, restored=True)
+
+    def _settle(self, begun: Trajectory) -> None:
+        """Find where model and optimizer stand in the run to go on with."""
+        check_same(self._described(), begun.manifest, but=("collate", "data_length"))
+        self._go_on(begun, matching_point(begun, self._capture()), restored=False)
+
+    def _go_on(self, begun: Trajectory, point: Point, *, restored: bool) -> Resumption:
+        assert self._writer is not None
+        self._initial, self._recorded = begun.state(point.step), begun.manifest
+        last = begun.steps[point.step - 1] if point.step else None
+        given = {} if last is None else dict(zip(last.loaders, last.batches, strict=True))
+        self._sources.go_on(point, given, restored=restored)
+        dropped = self._writer.go_on(begun, point.step)
+        self._begun, self._count, self._due = None, point.step, -1
+        first = point.loaders[0] if point.loaders else None
+        passes, taken = (first.passes, first.taken) if first is not None else (0, None)
+        return Resumption(point.step, passes - (taken is not None), taken or 0, dropped)
 
     def batches(self, loader: Iterable[Any], indices: Iterable[Any] | None = None) -> "RecordedBatches":
         """Iterate ``loader`` (an ordinary DataLoader) and note which examples each batch holds.
@@ -209,17 +252,35 @@ class Recording:
                 )
             )
         self._end_batch()  # of another loader
-        epoch = self._sources.begin(place)
-        for ids, batch in watched:
-            if self._initial is None:
-                self._initial, self._batch_leaves = self._capture(), describe_batch(batch)
-            pending = PendingBatch(ids, batch_digests(batch, len(ids)), epoch, place)
-            if self._kept is not None:
-                pending.content = keep(batch)
-            self._now.batches.append(pending)
-            self._begin_batch()
-            yield batch
-            self._end_batch()
+        if self._begun is not None:
+            self._settle(self._begun)
+        self._keep_place(None)
+        with contextlib.closing(self._sources.passing(place, watched)) as passing:
+            for epoch, ids, batch in passing:
+                self._initial = self._initial or self._capture()
+                self._batch_leaves = self._batch_leaves or describe_batch(batch)
+                pending = PendingBatch(ids, batch_digests(batch, len(ids)), epoch, place)
+                if self._kept is not None:
+                    pending.content = keep(batch)
+                self._now.batches.append(pending)
+                self._begin_batch()
+                yield batch
+                self._end_batch()
+                self._keep_place(place)
+
+    def _keep_place(self, asking: int | None) -> None:
+        """Store where the loop stands, once it has done all that follows a step whose state was stored."""
+        if self._due != self._count or self._now.batches or self._now.skipped or not self._sources.between(asking):
+            return
+        states = {name: one.state_dict() for name, one in self._given.states.items()}
+        random = RandomState.capture(self._device)
+        point = Point(self._count, self._notes.hyper(), random, self._sources.points(), states)
+        self._due = -1
+        assert self._writer is not None
+        if self._writer.started:
+            self._writer.point(point)
+        else:
+            self._first = point
 
     def _begin_batch(self) -> None:
         self._watch.begin()
@@ -247,7 +308,7 @@ class Recording:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._writer is not None
-        _refuse_closure(optimizer, args, kwargs)
+        refuse_closure(optimizer, args, kwargs)
         self._end_batch()
         batches = self._now.claim()
         if not batches:
@@ -258,23 +319,27 @@ class Recording:
                     remedy="write `for batch in recording.batches(loader):` in the training loop",
                 )
             )
-        if not self._writer.started:
+        if not self._stepped:
+            if self._begun is not None:
+                self._settle(self._begun)
             self._start()
         if self._kept is not None:
             moved = [batch for batch in self._now.skipped if batch.ran is not None and batch.ran.modes is not None]
             self._kept += [batch.content for batch in (*batches, *sorted(moved, key=lambda batch: batch.place))]
         self._taken = self._notes.note(self._count, batches, self._now.skipped)
-        if self._count == 0:
+        if not self._stepped:
             self._backwards.watch(self._params, self._taken.fields["without_grad"])
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._taken is not None
         self._steps.append(self._taken)
-        self._taken, self._now = None, Gathered()
+        self._taken, self._now, self._stepped = None, Gathered(), True
         self._count += 1
-        if self._count % self._checkpoint_every == 0:
+        if self._count % self._given.checkpoint_every == 0:
             assert self._writer is not None
             self._flush(self._capture() if self._writer.thinning.due(self._count) else None)
+            if self._given.resume and self._count in self._writer.thinning.kept:
+                self._due = self._count
 
     def _flush(self, state: State | None) -> None:
         assert self._writer is not None
@@ -295,28 +360,23 @@ class Recording:
         """Write the manifest and the state before the first step, captured when the first batch was yielded."""
         assert self._writer is not None
         self._initial = self._initial or self._capture()
-        manifest = describe_run(
+        if self._recorded is not None:
+            check_same(self._described(), self._recorded)
+            return
+        self._writer.start(self._described(), self._initial)
+        if self._first is not None:
+            self._writer.point(self._first)
+
+    def _described(self) -> Manifest:
+        return describe_run(
             self._model,
             self._optimizer,
             self._notes.groups,
             self._modes.now(),
             self._sources.first,
             self._batch_leaves,
-            self._reduction,
-            self._checkpoint_every,
-        )
-        self._writer.start(manifest, self._initial)
-
-
-def _refuse_closure(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if (len(args) > 1 and args[1] is not None) or kwargs.get("closure") is not None:
-        raise UnsupportedError(
-            message(
-                "optimizer.step was given a closure",
-                expected="one gradient per step",
-                cause=f"{type(optimizer).__name__} evaluates the loss inside the step",
-                remedy="use an optimizer whose step() takes no closure",
-            )
+            self._given.reduction,
+            self._given.checkpoint_every,
         )
 
 

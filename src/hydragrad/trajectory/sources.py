@@ -1,36 +1,141 @@
-"""The loaders of one recording: which there are, and how many passes each has begun."""
+"""The loaders of one recording: which there are, how many passes each has begun, how far each stands in one."""
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, final
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hydragrad.errors import UnsupportedError, message
+from hydragrad.errors import MismatchError, UnsupportedError, message
 from hydragrad.trajectory.loaders import WatchedBatches, WatchedLoader
+from hydragrad.trajectory.points import LoaderPoint, Point
+from hydragrad.trajectory.randomness import RandomState
 
 Watched = WatchedLoader | WatchedBatches
 
 
 @final
-class Sources:
-    """Numbers loaders in the order of their appearance; passes over each count from ``epoch`` on."""
+@dataclass
+class _Progress:
+    """One loader's passes; see LoaderPoint. ``ahead``: batches of the open pass to be passed by when it goes on."""
 
-    def __init__(self) -> None:
-        self.epoch = 0
+    passes: int = 0
+    taken: int | None = None
+    begun: RandomState | None = None
+    own: tuple[Tensor, ...] = ()
+    ahead: int | None = None
+
+
+@final
+class Sources:
+    """Numbers loaders in the order of their appearance. ``resumable``: random states are kept when a pass begins."""
+
+    def __init__(self, device: torch.device, *, resumable: bool = False) -> None:
+        self._device, self._resumable = device, resumable
         self._known: list[tuple[Any, Watched]] = []
-        self._passes: list[int] = []
+        self._progress: list[_Progress] = []
+        self._open: list[int] = []  # places with an open pass, the outermost first
+        self._waiting: tuple[LoaderPoint, ...] = ()  # see go_on
+        self._last: Mapping[int, Tensor] = {}
+        self._restored = False
+        self._later: RandomState | None = None  # of the generators once what was trained on has been passed by
 
     @property
     def first(self) -> Watched | None:
         """The first loader."""
         return self._known[0][1] if self._known else None
 
-    def begin(self, place: int) -> int:
-        """A pass begins; its number."""
-        epoch = self._passes[place]
-        self._passes[place] += 1
-        self._known[place][1].begin(epoch)
-        return epoch
+    def passing(self, place: int, watched: Watched) -> Generator[tuple[int, Tensor, Any], None, None]:
+        """One pass over a watched loader: its number, ids and batches."""
+        progress = self._progress[place]
+        batches = self._begin(place, watched, progress)
+        if place in self._open:  # an iterator that was left lying
+            self._open.remove(place)
+        self._open.append(place)
+        epoch = progress.passes - 1
+        try:
+            for ids, batch in batches:
+                assert progress.taken is not None
+                progress.taken += 1
+                yield epoch, ids, batch
+        finally:
+            progress.taken = None
+            if place in self._open:
+                self._open.remove(place)
+
+    def between(self, place: int | None) -> bool:
+        """Whether a loop that asks this loader (None: a new pass) is between two rounds of its outermost pass."""
+        return self._open[0] == place if self._open else place is None
+
+    def points(self) -> tuple[LoaderPoint, ...]:
+        """Where every loader stands."""
+        return tuple(
+            LoaderPoint(one.passes, one.taken, one.begun, one.own if one.taken is not None else _own(watched))
+            for one, (_, watched) in zip(self._progress, self._known, strict=True)
+        )
+
+    def go_on(self, point: Point, last: Mapping[int, Tensor], *, restored: bool) -> None:
+        """Count passes on from a point; ``restored``: pass the batches of open passes by, as they were drawn.
+
+        ``last``: place of a loader -> ids of the batch that it gave last.
+        """
+        self._waiting, self._last = point.loaders, last
+        self._restored, self._later = restored, point.random
+        for place, progress in enumerate(self._progress):
+            self._take_up(place, progress)
+
+    def _take_up(self, place: int, progress: _Progress) -> None:
+        if place >= len(self._waiting):
+            return
+        point = self._waiting[place]
+        progress.passes = point.passes
+        if point.taken is None:
+            if self._restored:
+                _set_own(self._known[place][1], point.own)
+        elif self._restored:
+            progress.ahead, progress.begun, progress.own = point.taken, point.begun, point.own
+        elif point.taken < _length(self._known[place][1]):
+            progress.passes -= 1  # the loop passes by itself what it had trained on: the same pass
+
+    def _begin(self, place: int, watched: Watched, progress: _Progress) -> Iterator[tuple[Tensor, Any]]:
+        ahead, progress.ahead = progress.ahead, None
+        if ahead is not None:
+            return self._begin_again(place, watched, progress, ahead)
+        progress.passes += 1
+        progress.taken = 0
+        if self._resumable:
+            progress.begun, progress.own = RandomState.capture(self._device), _own(watched)
+        watched.begin(progress.passes - 1)
+        return iter(watched)
+
+    def _begin_again(
+        self, place: int, watched: Watched, progress: _Progress, ahead: int
+    ) -> Iterator[tuple[Tensor, Any]]:
+        """The open pass from its beginning, its first ``ahead`` batches passed by; then the generators as they were."""
+        assert progress.begun is not None
+        assert self._later is not None
+        RandomState.of(progress.begun.tensors(), self._device).set()
+        _set_own(watched, progress.own)
+        watched.begin(progress.passes - 1)
+        batches = iter(watched)
+        passed = [ids for ids, _ in islice(batches, ahead)]
+        last = self._last.get(place)
+        if len(passed) < ahead or (last is not None and not any(torch.equal(ids, last) for ids in passed)):
+            raise MismatchError(
+                message(
+                    "the loader does not give the batches again that were trained on in this pass",
+                    expected=f"{ahead} batches, among them the examples {[] if last is None else last.tolist()[:8]}",
+                    got=f"{len(passed)} batches, the last with {passed[-1].tolist()[:8] if passed else []}",
+                    cause="another loader, or a sampler that draws from neither the global generators nor its own",
+                    remedy="make the loader as in the run that is gone on with, its sampler's randomness from torch",
+                )
+            )
+        RandomState.of(self._later.tensors(), self._device).set()
+        progress.taken = ahead
+        return batches
 
     def watch(self, loader: Iterable[Any], indices: Iterable[Any] | None) -> tuple[int, Watched]:
         """The number and the watched form of a loader; refused if its batches have no ids."""
@@ -69,5 +174,42 @@ class Sources:
                     )
                 )
         self._known.append((loader, watched))
-        self._passes.append(self.epoch)
+        self._progress.append(_Progress())
+        self._take_up(len(self._known) - 1, self._progress[-1])
         return len(self._known) - 1
+
+
+def _length(watched: Watched) -> int:
+    try:
+        return len(watched)
+    except TypeError:
+        return 2**62  # unknown: the pass is taken to be unfinished
+
+
+def _generators(watched: Watched) -> list[torch.Generator]:
+    """The loader's own, of its samplers too, each once."""
+    if isinstance(watched, WatchedBatches):
+        return []
+    loader = watched.loader
+    holders = [loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+
+def _own(watched: Watched) -> tuple[Tensor, ...]:
+    return tuple(generator.get_state() for generator in _generators(watched))
+
+
+def _set_own(watched: Watched, states: tuple[Tensor, ...]) -> None:
+    generators = _generators(watched)
+    if len(generators) != len(states):
+        raise MismatchError(
+            message(
+                "the loader has other generators of its own than when its pass began",
+                expected=f"{len(states)} generators",
+                got=f"{len(generators)}",
+                remedy="make the loader as in the run that is gone on with",
+            )
+        )
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state.clone())

@@ -11,8 +11,16 @@ from hydragrad.files import broken_file, loads, read_bytes, reading, sha256
 from hydragrad.journal import FileRef, read_journal
 from hydragrad.trajectory.format import JOURNAL, MANIFEST, VERSION, decode_state, decode_steps
 from hydragrad.trajectory.keeping import decode_batches
+from hydragrad.trajectory.points import Point, decode_point
 from hydragrad.trajectory.state import Manifest, State, StepRecord
-from hydragrad.trajectory.validation import check_draws, check_entries, check_manifest, check_state, check_steps
+from hydragrad.trajectory.validation import (
+    check_draws,
+    check_entries,
+    check_manifest,
+    check_point,
+    check_state,
+    check_steps,
+)
 
 _UNSAID = "the recording process was killed, or its disk was full: it could not say how it ended"
 
@@ -46,7 +54,8 @@ class Trajectory:
         self._states: dict[int, FileRef] = {}
         self._batches: dict[int, FileRef] = {}
         self._segment: tuple[int, list[Any]] = (-1, [])
-        steps: list[StepRecord] = []
+        self._points: dict[int, FileRef] = {}
+        steps, resumptions = list[StepRecord](), list[tuple[int, int]]()
         for entry in entries:
             if entry.get("end"):
                 continue
@@ -54,6 +63,11 @@ class Trajectory:
                 self._states[entry["stop"]] = FileRef.of(entry["checkpoint"], journal)
             for dropped in entry.get("dropped", ()):
                 del self._states[dropped]
+            if entry.get("point") is not None:
+                self._points[entry["stop"]] = FileRef.of(entry["point"], journal)
+                self._points[entry["stop"]].check_size(self.folder)
+            if "resumed" in entry:
+                resumptions.append((entry["stop"], entry["resumed"]))
             if entry.get("batches") is not None:
                 kept = FileRef.of(entry["batches"], journal)
                 kept.check_size(self.folder)
@@ -69,6 +83,10 @@ class Trajectory:
             checkpoint.check_size(self.folder)
         self.steps: Sequence[StepRecord] = tuple(steps)
         self.checkpoints: tuple[int, ...] = tuple(sorted(self._states))
+        self.points: tuple[int, ...] = tuple(sorted(self._points))
+        """Steps t before which it is known where the loop stood, so that it can go on from there."""
+        self.resumptions: tuple[tuple[int, int], ...] = tuple(resumptions)
+        """(step, recorded steps dropped there) for every time the recording was gone on with after its process died."""
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -92,6 +110,13 @@ class Trajectory:
         state = decode_state(path, ref.read(self.folder))
         check_state(state, self.manifest, step, path)
         return state
+
+    def point(self, step: int) -> Point:
+        """Where the loop stood before step ``step`` (one of ``points``)."""
+        path = self.folder / self._points[step].name
+        point = decode_point(path, self._points[step].read(self.folder))
+        check_point(point, self.manifest, step, path)
+        return point
 
     @property
     def keeps_batches(self) -> bool:

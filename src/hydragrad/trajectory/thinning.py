@@ -35,3 +35,10 @@ class Thinning:
     def holding(self, step: int, size: int) -> "Thinning":
         """With the state before ``step`` kept too."""
         return replace(self, kept={**self.kept, step: size})
+
+    def going_on(self, kept: dict[int, int]) -> "Thinning":
+        """Of a recording that is gone on with: its states, and as far apart as they had come to be."""
+        spacing = self.spacing
+        while any(step not in kept for step in range(spacing, max(kept) + 1, spacing)):
+            spacing *= 2
+        return replace(self, spacing=spacing, kept=kept)

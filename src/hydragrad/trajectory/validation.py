@@ -18,6 +18,7 @@ from hydragrad.files import broken_file
 from hydragrad.journal import Entry
 from hydragrad.step.clipping import Clip
 from hydragrad.trajectory.optimizers import misfit, torch_optimizer
+from hydragrad.trajectory.points import Point
 from hydragrad.trajectory.state import Hyper, Manifest, State, StepRecord
 from hydragrad.trajectory.watching import Autocast
 
@@ -87,10 +88,12 @@ def check_entries(entries: list[Entry], path: Path) -> None:
             continue
         if not {"steps", "checkpoint"} <= set(entry) or entry.get("start") != reached:
             refuse(f"line {number} to start at step {reached}", entry)
-        if (entry["steps"] is None) != (stop == reached) or (number == 1) != (stop == 0):
+        if (entry["steps"] is None) != (stop == reached) or (number == 1 and stop != 0):
             refuse(f"line {number} to hold the steps it counts", entry)
-        if number == 1 and entry["checkpoint"] is None:
-            refuse("the state before the first step", entry)
+        if stop == 0 and (number == 1) != (entry["checkpoint"] is not None):
+            refuse("the state before the first step, once", entry)
+        if not fits(entry.get("resumed", 0), int) or entry.get("resumed", 0) < 0:
+            refuse(f"line {number} to count the steps that were dropped", entry)
         dropped = entry.get("dropped", [])
         if not fits(dropped, list[int]) or len(set(dropped)) < len(dropped) or not set(dropped) <= stored - {0}:
             refuse(f"line {number} to drop states that are stored, but the first", entry)
@@ -205,6 +208,15 @@ def check_state(state: State, manifest: Manifest, step: int, path: Path) -> None
         for slot, tensor in slots.items():
             if not _broadcasts(tensor.shape, state.params[name].shape):
                 refuse(f"{slot!r} of {name!r} to fit {list(state.params[name].shape)}", list(tensor.shape))
+
+
+def check_point(point: Point, manifest: Manifest, step: int, path: Path) -> None:
+    """Refuse a point that is not of this run, or not of this step."""
+    refuse = _refusal(path, "says of a loop what no recording writes")
+    if point.step != step:
+        refuse(f"the point of step {step}", point.step)
+    if len(point.groups) != len(manifest.optimizer["groups"]) or not all(map(_is_hyper, point.groups)):
+        refuse("hyperparameters of every param group", point.groups)
 
 
 def _refusal(path: Path, what: str) -> Callable[[str, Any], None]:

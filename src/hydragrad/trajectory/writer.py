@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, final
 
 from hydragrad.errors import StoreError, message
-from hydragrad.files import dumps, sha256, stage, writing
-from hydragrad.journal import FileRef, Journal, sealed
+from hydragrad.files import dumps, read_bytes, sha256, stage, write_atomically, writing
+from hydragrad.journal import FileRef, Journal, read_journal, sealed
 from hydragrad.locks import Lock
 from hydragrad.trajectory.format import JOURNAL, LOCK, MANIFEST, encode_state, encode_steps
 from hydragrad.trajectory.keeping import encode_batches
+from hydragrad.trajectory.points import Point, encode_point
 from hydragrad.trajectory.state import Manifest, State, StepRecord
+from hydragrad.trajectory.store import Trajectory
 from hydragrad.trajectory.thinning import Thinning
 
 
@@ -24,16 +26,17 @@ class StoreWriter:
     Thinning) is first struck from the journal by a line of its own, then deleted.
     """
 
-    def __init__(self, folder: Path, thinning: Thinning, *, overwrite: bool) -> None:
+    def __init__(self, folder: Path, thinning: Thinning, *, overwrite: bool, resume: bool = False) -> None:
         self.folder, self.thinning = folder, thinning
         self._lock = Lock(folder / LOCK, "recorded into by another recorder")
-        if (folder / MANIFEST).exists() and not overwrite:
+        if (folder / MANIFEST).exists() and not overwrite and not resume:
             self._lock.free()
             raise StoreError(
                 message(
                     f"{folder} already holds a recorded run",
                     expected="a new or empty folder",
-                    remedy="record into another folder, or give overwrite=True to replace that run",
+                    remedy="record into another folder, or give overwrite=True to replace that run "
+                    "(resume=True: to go on with it)",
                 )
             )
         self._journal: Journal | None = None
@@ -74,7 +77,9 @@ class StoreWriter:
     def _clear(self, kept: set[Path]) -> None:
         """Remove the run that was here, its manifest first: without that it is gone as a whole."""
         (self.folder / MANIFEST).unlink(missing_ok=True)
-        held = [path for kind in ("steps", "checkpoints", "batches") for path in self.folder.glob(f"{kind}/*")]
+        held = [
+            path for kind in ("steps", "checkpoints", "batches", "points") for path in self.folder.glob(f"{kind}/*")
+        ]
         for old in [self.folder / JOURNAL, *held]:
             if old.suffix in (".safetensors", ".jsonl", ".tmp") and old not in kept:
                 old.unlink(missing_ok=True)
@@ -92,6 +97,35 @@ class StoreWriter:
     def keep(self, state: State) -> None:
         """Store the state that the steps written last lead to."""
         self._append_with(state, {"start": self._written, "stop": self._written, "steps": None})
+
+    def point(self, point: Point) -> None:
+        """Store where the loop stood at a stored state."""
+        name = f"points/{point.step:08d}.safetensors"
+        ref = FileRef.write(self.folder, name, encode_point(point)).to_dict()
+        self._append({"start": self._written, "stop": self._written, "steps": None, "checkpoint": None, "point": ref})
+
+    def go_on(self, begun: Trajectory, step: int) -> int:
+        """Go on before ``step`` with the run that is here; how many recorded steps after it are dropped.
+
+        The journal is replaced as a whole: up to that step, and a line that says what was dropped.
+        """
+        path = self.folder / JOURNAL
+        entries, written = read_journal(path, sha256(read_bytes(self.folder / MANIFEST)), MANIFEST)
+        pairs = zip(entries, written.splitlines(keepends=True), strict=True)
+        kept = [(entry, line) for entry, line in pairs if not entry.get("end") and entry["stop"] <= step]
+        stored = set[int]()
+        for entry, _ in kept:
+            stored -= set(entry.get("dropped", ()))
+            stored |= {entry["stop"]} if entry["checkpoint"] is not None else set()
+        gone = sorted(stored - set(begun.checkpoints))  # dropped by a later line, and deleted
+        about = {"start": step, "stop": step, "steps": None, "checkpoint": None, "resumed": len(begun) - step}
+        line = sealed({**about, **({"dropped": gone} if gone else {})}, sha256(kept[-1][1]))
+        content = b"".join([line for _, line in kept]) + line
+        write_atomically(path, content)
+        self._journal, self._written = Journal.after(path, content), step
+        sizes = {at: (self.folder / _checkpoint_name(at)).stat().st_size for at in stored - set(gone)}
+        self.thinning = self.thinning.going_on(sizes)
+        return len(begun) - step
 
     def _append_with(self, state: State | None, entry: dict[str, Any]) -> None:
         """Append a line with a state, if there is one, for which room is made first."""
