@@ -170,8 +170,8 @@ def test_recordings_killed_at_fifty_random_moments_go_on(tmp_path: Path) -> None
         assert Trajectory(folder).resumptions[-1] == (where.step, where.dropped)
         if attempt % 8 == 0:
             assert verify(bound(folder, kind)).exact
-            scores = [attribute(bound(f, kind), make_data(3), check=False).values for f in (folder, tmp_path / "whole")]
-            assert_close(*scores, SAME)
+            here, there = (attribute(bound(f, kind), make_data(3), check=False) for f in (folder, tmp_path / "whole"))
+            assert_close(here.values, there.values, SAME)
     assert len(set(begun)) > 5, begun
 
 
