@@ -4,17 +4,20 @@ import argparse
 import json
 import platform
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import memory, recording, speed
+from benchmarks import memory, recording, scale, speed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Costs as ratios to plain training, recording overhead, peak memory.")
     parser.add_argument("--out", type=Path, default=Path("bench-output/benchmarks.json"))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=scale.STEPS, help="of the long run (0: left out)")
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled rows out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -42,10 +45,16 @@ def main() -> None:
         f"peak memory above training's: {few:.1f} MiB for N = {peaks['few']}, {many:.1f} MiB for N = {peaks['many']} "
         f"of which the result {result:.1f} MiB; without it {100 * peaks['excess']:+.1f} % (goal within 5 %)"
     )
+    long: list[dict[str, Any]] = []
+    if options.steps:
+        with tempfile.TemporaryDirectory() as folder:
+            for row in scale.rows(Path(folder), options.steps, scale.QUERIES, others=True):
+                long.append(asdict(row))
+                print(row, flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"torch": torch.__version__, "machine": platform.machine(), "threads": options.threads}
     options.out.write_text(
-        json.dumps({"about": about, "speed": rows, "recording": overheads, "memory": peaks}, indent=1)
+        json.dumps({"about": about, "speed": rows, "recording": overheads, "memory": peaks, "scale": long}, indent=1)
     )
     print(f"written to {options.out}")
 

@@ -223,7 +223,11 @@ def test_without_a_query_the_whole_test_set_is_shown(trained: Path) -> None:
 def test_the_memory_budget_is_heeded(trained: Path) -> None:
     printed = run("attribute", str(trained), "-t", TASK, "--memory", "3").output
     assert "10 queries" in printed
-    assert run("attribute", str(trained), "-t", TASK, "--memory", "0", code=2).output
+    given = ("--memory", "3MB", "--disk", "1 GB", "--replays", "4")
+    assert "10 queries" in run("attribute", str(trained), "-t", TASK, *given).output
+    for wrong in ("0", "much", "-1"):
+        assert run("attribute", str(trained), "-t", TASK, "--memory", wrong, code=2).output
+    assert run("attribute", str(trained), "-t", TASK, "--disk", "much", code=2).output
 
 
 def test_attribute_smooths(trained: Path, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,7 +10,7 @@ import hydragrad
 from hydragrad.attributing import attribute as attribute_run
 from hydragrad.attribution import Attribution
 from hydragrad.commands.console import Refusing, console, interactive, say
-from hydragrad.commands.options import RunFolder, TaskName, TaskOption, file_to_write, known_queries
+from hydragrad.commands.options import RunFolder, TaskName, TaskOption, amount, file_to_write, known_queries
 from hydragrad.commands.proving import validate
 from hydragrad.commands.reporting import report
 from hydragrad.commands.suspicion import mislabels
@@ -162,7 +162,18 @@ def attribute(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many training examples to show.")] = 10,
     memory: Annotated[
-        int | None, typer.Option(min=1, help="Budget in MiB above training's. Default: half of what is free.")
+        str | None,
+        typer.Option(
+            help="Budget above training's: 2GB, 512MiB; a number alone is MiB. Default: half of what is free.",
+            show_default=False,
+        ),
+    ] = None,
+    disk: Annotated[
+        str | None,
+        typer.Option(help="Budget for states in a temporary folder, which spare replays: 10GB.", show_default=False),
+    ] = None,
+    replays: Annotated[
+        float | None, typer.Option(min=1.0, help="How many times the run may be replayed.", show_default=False)
     ] = None,
     check: Annotated[bool, typer.Option(help="Check the scores against retraining: four replays.")] = True,
     resume: Annotated[
@@ -192,6 +203,7 @@ def attribute(
         hydragrad attribute runs/digits --task digits --query 3 --top 10
         hydragrad attribute runs/digits --task digits --method gauss-newton --out scores.safetensors
         hydragrad attribute runs/digits --task digits --resume runs/digits-scores --out scores.safetensors
+        hydragrad attribute runs/digits --task digits --memory 2GB --disk 10GB --replays 3
         hydragrad attribute runs/digits --task digits --smoothing 16 --fraction 0.1 --out scores.safetensors
 
     Read saved scores in Python: hydragrad.Attribution.load("scores.safetensors").
@@ -200,16 +212,20 @@ def attribute(
     known_queries(query, len(chosen.test))
     file_to_write(out, "--out")
     bound = chosen.load(run)
-    budget = None if memory is None else memory * 2**20
+    budgets: dict[str, Any] = {
+        "memory": amount(memory, "--memory"),
+        "disk": amount(disk, "--disk"),
+        "replays": replays,
+    }
     if resume is None:
-        say(f"plan: {plan(bound, len(chosen.test), method.value, memory=budget, smoothing=smoothing)}")
+        say(f"plan: {plan(bound, len(chosen.test), method.value, smoothing=smoothing, **budgets)}")
     else:
         say(f"finished blocks are kept in {resume}")
     scores = attribute_run(
         bound,
         chosen.test,
         method=method.value,
-        memory=budget,
+        **budgets,
         check=check,
         progress=interactive(),
         resume=resume,

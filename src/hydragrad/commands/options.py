@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from hydragrad.amounts import bytes_of
+from hydragrad.errors import UnsupportedError
 from hydragrad.files import stage
 
 TASK = (
@@ -32,3 +34,13 @@ def file_to_write(path: Path | None, option: str) -> None:
     if path.is_dir():
         raise typer.BadParameter(f"{path} is a folder; name a file", param_hint=option)
     stage(path, b"").unlink()
+
+
+def amount(text: str | None, option: str) -> int | None:
+    """Bytes of "2GB", "512 MiB" or a number of MiB; anything else is wrong usage."""
+    if text is None:
+        return None
+    try:
+        return bytes_of(f"{text} MiB" if text.strip().isdigit() else text, option)
+    except UnsupportedError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
