@@ -113,10 +113,11 @@ def test_infinities_that_were_there_and_do_not_train_are_none_of_it(tmp_path: Pa
 # Sweeps
 
 
+@pytest.mark.parametrize("width", [2, 2**16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_the_first_bad_tensor_is_named_whatever_follows(bad: float) -> None:
+def test_the_first_bad_tensor_is_named_whatever_follows(bad: float, width: int) -> None:
     seen = FirstBad(["a", "b", "c", "empty"])
-    tensors = [torch.ones(2, 3), torch.full((2, 2), 1e38), torch.ones(2, 1, dtype=torch.float64), torch.ones(2, 0)]
+    tensors = [torch.ones(2, 3), torch.full((2, width), 1e38), torch.ones(2, 1, dtype=torch.float64), torch.ones(2, 0)]
     assert seen.first() is None
     seen.see(9, tensors)
     assert seen.first() is None  # the largest numbers are numbers
