@@ -56,7 +56,7 @@ print(json.dumps({
 
 # What `import hydragrad` may ask for though the wheel does not require it: signatures name shapes where it is there.
 OPTIONAL = {"jaxtyping"}
-SHIPPED_SUFFIXES = {".py", ".typed", ".npz", ".json", ".css", ".html", ".svg"}
+SHIPPED_SUFFIXES = {".py", ".typed", ".npz", ".json", ".css", ".html", ".svg", ".txt"}
 SDIST_FOLDERS = {"src", "tests", "benchmarks", "comparison", "docs", "examples", "experiments"}
 
 

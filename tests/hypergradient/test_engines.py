@@ -139,7 +139,25 @@ def test_rare_forms_run_untraced():
     assert len(calls) == 1
     for turn in range(_RARE + 5):
         assert torch.equal(function(torch.full((3,), float(turn))), torch.full((3,), 2.0 * turn))
-    assert len(calls) == 1 + _RARE  # untraced until it is no longer rare, once more to trace, then the graph
+    assert (
+        len(calls) == 2 + _RARE
+    )  # untraced until it is no longer rare, once to trace, once to compare, then the graph
+
+
+def test_a_later_forms_graph_that_computes_something_else_is_not_used(monkeypatch):
+    real = TracedFunction._trace
+
+    def wrong_for_three(self, inputs):
+        graph, form = real(self, inputs)
+        return (lambda *tensors: [1.01 * x for x in graph(*tensors)]) if len(inputs[0]) == 3 else graph, form
+
+    monkeypatch.setattr(TracedFunction, "_trace", wrong_for_three)
+    function = TracedFunction(lambda x: x.square())
+    for size in (4, 3, 5):
+        for _ in range(_RARE + 3):
+            x = torch.randn(size, dtype=torch.float64)
+            assert torch.equal(function(x), x.square())
+    assert len(function._graphs) == 2
 
 
 class Wrong(Engine):

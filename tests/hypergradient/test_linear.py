@@ -75,6 +75,15 @@ def test_memory_is_taken_over_only_from_what_nobody_needs_any_more():
     same_numbers(function, 1, *inputs)
 
 
+def test_memory_that_an_operation_only_expanded_is_not_taken_over():
+    small = random(3, 1)
+    x, c = small.expand(3, 4), random(3, 4)
+    before = small.clone()
+    found = combine(((2.0, x),), c, (), (3, 4), (4, 1), True)  # traced as dense, expanded when it runs
+    assert_close(found, 2.0 * before * c, SAME)
+    assert torch.equal(small, before)
+
+
 def test_an_operand_that_comes_twice_is_not_overwritten_before_its_second_time():
     def function(w: Tensor, c: Tensor, x: Tensor) -> list[Tensor]:
         made = x @ w

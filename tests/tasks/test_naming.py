@@ -66,7 +66,7 @@ def test_files_of_one_name_are_kept_apart(place: Path) -> None:
         ("nowhere/tasks.py:small", "no file nowhere/tasks.py.*Got: no nowhere"),
         ("smal_tasks:small", "no module 'smal_tasks'.*did you mean small_tasks"),
         ("os.nowhere:small", r"os.nowhere cannot be imported.*ModuleNotFoundError"),
-        ("small_tasks.py:smal", r"no 'smal'.*tasks: small, wider, squared.*did you mean small"),
+        ("small_tasks.py:smal", r"no 'smal'.*tasks: small, wider, .*squared.*did you mean small"),
         ("small_tasks.py:eleven", "eleven is not a task.*Got: int"),
         ("small_tasks.py:no_task", "no_task is not a task.*a function that returned str"),
         ("small_tasks.py:needs_more", "needs_more did not make a task.*TypeError.*'size'"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hydragrad.attribution import Attribution
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, NonFiniteError, message
-from hydragrad.hypergradient.costs import AGREEMENT
+from hydragrad.hypergradient.agreement import AGREEMENT
 from hydragrad.hypergradient.queries import Columns, Queries
 from hydragrad.hypergradient.scaled import PerExampleGradients
 from hydragrad.run import Run

@@ -28,13 +28,13 @@ def combine(
 ) -> Tensor:
     """``factor * sum(a x for a, x in first) + sum(a x c for a, x, c in rest)``, broadcast to ``shape``.
 
-    A pair (A, B) among ``first`` stands for its batched matrix product. ``reuse``: the sum takes the memory of the
-    first x, which has the shape and strides asked for.
+    A pair (A, B) among ``first`` stands for its batched matrix product. ``reuse``: the sum may take the memory of the
+    first x, if that has the shape and strides asked for.
     Example: ``combine(((1.0, x), (2.0, y)), None, (), (3,), (1,))`` is x + 2 y.
     """
     (number, x), *others = first
     assert isinstance(x, Tensor)
-    if reuse:
+    if reuse and x.shape == torch.Size(shape) and x.stride() == tuple(stride):  # not what an operation only expanded
         out = x if number == 1.0 else x.mul_(number)
     else:
         out = x.new_empty_strided(shape, stride)

@@ -9,12 +9,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from hydragrad.hypergradient.agreement import close
 from hydragrad.hypergradient.curvature import Engine, Products
 from hydragrad.hypergradient.scaled import ScaledEngine
 from hydragrad.step.objective import Objective, Point, Vectors
-
-AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-8}
-"""Relative difference of two engines above which one of them computes something else. Rounding is 100 times smaller."""
 
 
 @final
@@ -94,12 +92,7 @@ def agree(a: Products, b: Products) -> bool:
     """Whether two engines' results are the same to rounding."""
     sums = [x.flatten(2).sum(2) if x.dim() > 2 else x for x in (a[1], b[1])]  # per-token terms against summed ones
     both = zip((sums[0], *(a[0] or ()), *a[2]), (sums[1], *(b[0] or ()), *b[2]), strict=True)
-    return all(_close(x, y) for x, y in both)
-
-
-def _close(x: Tensor, y: Tensor) -> bool:
-    scale = float(y.norm())
-    return float((x - y).norm()) <= AGREEMENT[y.dtype] * scale + 1e-30
+    return all(close(x, y) for x, y in both)
 
 
 @contextlib.contextmanager

@@ -22,8 +22,8 @@ _COPIES = {aten.clone.default, aten.copy.default, aten._to_copy.default, aten.re
 class Halves:
     """``block(*point(*fixed), *given)``: ``fixed``, ``given`` say which inputs of the whole graph each half takes."""
 
-    point: GraphModule
-    block: Callable[..., Any]
+    point: Any
+    block: Any
     fixed: tuple[int, ...]
     given: tuple[int, ...]
     held: int

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from hydragrad.hypergradient.agreement import close
 from hydragrad.hypergradient.curvature import Engine, Products
 from hydragrad.hypergradient.hoisting import Halves, halved
 from hydragrad.hypergradient.linear import combined, dependent
@@ -58,12 +59,18 @@ class TracedFunction:
             if rare or len(self._graphs) >= _MOST_GRAPHS or key in self._untraceable:
                 return self.function(*inputs)
             try:
-                self._graphs[key] = self._trace(inputs)
+                made = self._trace(inputs)
             except RuntimeError:
                 if not self._graphs:
                     raise
-                self._untraceable.add(key)  # what this form does in Python stays there: other modes, other layers
-                return self.function(*inputs)
+                made = None
+            if self._graphs:  # only the first graph is compared by whoever chooses the engine
+                plain = self.function(*inputs)
+                if made is None or not self._agrees(made, tensors, plain):
+                    self._untraceable.add(key)  # what this form does in Python stays there: other modes, other layers
+                    return plain
+            assert made is not None
+            self._graphs[key] = made
         graph, form = self._graphs[key]
         with torch.no_grad():
             if not isinstance(graph, Halves):
@@ -71,6 +78,17 @@ class TracedFunction:
             if at is None or self._kept[0] is not at or self._kept[1] is not graph:
                 self._kept = (at, graph, graph.constants(tensors))
             return pytree.tree_unflatten(graph(self._kept[2], tensors), form)
+
+    @staticmethod
+    def _agrees(made: tuple[Callable[..., Any] | Halves, Any], tensors: list[Tensor], plain: Any) -> bool:
+        graph = made[0]
+        try:
+            with torch.no_grad():
+                found = graph(graph.constants(tensors), tensors) if isinstance(graph, Halves) else graph(*tensors)
+        except RuntimeError:
+            return False
+        leaves = pytree.tree_leaves(plain)
+        return all(close(x, y) if isinstance(y, Tensor) else x == y for x, y in zip(found, leaves, strict=True))
 
     def _trace(self, inputs: tuple[Any, ...]) -> tuple[Callable[..., Any] | Halves, Any]:
         leaves, structure = pytree.tree_flatten(inputs)
@@ -87,10 +105,12 @@ class TracedFunction:
         compiled = self.compile and not self._graphs  # only the usual form: compiling takes tens of seconds
         block = self._block(graph, inputs)
         if not block or changes_in_place(graph) or draws_numbers(graph):
-            return torch.compile(graph, dynamic=False) if compiled else graph, forms[-1]
+            return torch.compile(graph, dynamic=False) if compiled else graph.forward, forms[-1]
         graph = graph if compiled else combined(graph, block)  # compiling fuses what the graph says one by one
         halves = halved(graph, dependent(graph.graph, block))
-        return replace(halves, block=torch.compile(halves.block, dynamic=False)) if compiled else halves, forms[-1]
+        made = torch.compile(halves.block, dynamic=False) if compiled else halves.block.forward
+        # forward: what a module's call adds to it is a tenth of a small step
+        return replace(halves, point=halves.point.forward, block=made), forms[-1]
 
     def _block(self, graph: GraphModule, inputs: tuple[Any, ...]) -> list[Node]:
         """The placeholders that belong to the inputs that the function is linear in."""
