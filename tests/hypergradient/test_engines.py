@@ -139,9 +139,7 @@ def test_rare_forms_run_untraced():
     assert len(calls) == 1
     for turn in range(_RARE + 5):
         assert torch.equal(function(torch.full((3,), float(turn))), torch.full((3,), 2.0 * turn))
-    assert (
-        len(calls) == 2 + _RARE
-    )  # untraced until it is no longer rare, once to trace, once to compare, then the graph
+    assert len(calls) == 2 + _RARE  # untraced until no longer rare, once to trace, once to compare
 
 
 def test_a_later_forms_graph_that_computes_something_else_is_not_used(monkeypatch):

@@ -1,6 +1,6 @@
 """A traced graph cut in two: what depends on the point alone, once a step, and what every block of vectors needs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
