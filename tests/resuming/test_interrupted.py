@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import hydragrad as hg
+from hydragrad.hypergradient.hoisting import Halves
 from hydragrad.hypergradient.tracing import TracedFunction
 from tests.children import ended, fork, kill
 from tests.faults import Disk, full
@@ -136,6 +137,7 @@ def test_what_was_traced_before_does_not_change_a_bit(
 
     def rounding(self: Any, *args: Any) -> Any:
         graph, form = real(self, *args)
+        assert isinstance(graph, Halves)
         return replace(graph, block=lambda *tensors: [x * (1 + 1e-5) for x in graph.block(*tensors)]), form
 
     monkeypatch.setattr(TracedFunction, "_trace", rounding)
