@@ -95,6 +95,7 @@ class Objective:
         self._losses = _Losses(module, problem.loss)
         self._penalty = _Penalty(module, problem)
         self.fragile = any(isinstance(part, nn.RNNBase) for part in module.modules())
+        self._devices = {"cpu", *(p.device.type for p in self.module.parameters())}
         self._weight_normed = any(type(part).__name__ == "_WeightNorm" for part in module.modules())
         self._foreign = not {*carried} <= running_statistics(module)  # buffers that no layer of torch's own changes
         self._modules = dict(module.named_modules())
@@ -284,7 +285,7 @@ class Objective:
             for known in _HARMLESS:
                 warnings.filterwarnings("ignore", message=known)
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            for kind in {"cpu", *(p.device.type for p in self.module.parameters())}:
+            for kind in self._devices:
                 if torch.is_autocast_enabled(kind):  # the caller's: derivatives are taken in full precision
                     stack.enter_context(torch.autocast(kind, enabled=False))
             if self._weight_normed:
