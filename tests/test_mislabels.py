@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 import hydragrad as hg
 from hydragrad.report.measures import average_ranks, precision_recall
-from hydragrad.signals.along import stored_along
+from hydragrad.signals.along import Candidates, stored_along
 from hydragrad.tasks.digits import digits
 from tests.tasks.small import make_task
 from tests.tolerances import UPDATE, assert_close
@@ -310,8 +310,9 @@ def test_one_label_everywhere_and_too_many(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_is_refused(run: hg.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = torch.full((22,), math.nan)
-    monkeypatch.setattr("hydragrad.suspecting.mean_losses", lambda run, states: broken)
+    nothing = torch.full((22,), math.nan)
+    broken = Candidates(nothing, *(torch.ones(22, CLASSES) for _ in range(2)), *(torch.ones(22) for _ in range(2)))
+    monkeypatch.setattr("hydragrad.suspecting.candidate_labels", lambda *given, **options: broken)
     with pytest.raises(hg.NonFiniteError, match="signal 'loss' is not finite"):
         hg.mislabels(run, **QUIET)
 

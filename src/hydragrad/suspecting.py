@@ -74,15 +74,18 @@ def mislabels(
                 remedy="choose signal='loss' or 'self'; or give relabel=, labels= and classes=",
             )
         )
-    signals = {"loss": mean_losses(run, states)}
+    signals: dict[str, Tensor] = {}
     found: dict[str, Any] = {"note": known.why}
     if known.places is not None:
         tried = candidate_labels(run, known.classes, known.places, relabel, states, progress=progress)
         doubt = 1 - tried.confidence.gather(1, known.places[:, None])[:, 0]
+        signals["loss"] = tried.loss
         three = {"el2n": tried.el2n, "margin": tried.margin, "doubt": doubt}
         signals |= three
         signals["combined"] = torch.stack([average_ranks(x) for x in three.values()]).mean(0) / run.num_examples
         found |= _suggestions(tried, known)
+    else:
+        signals["loss"] = mean_losses(run, states)
     if chosen == "self":
         signals["self"] = self_influence(run, states)
     elif chosen in OF_SCORES:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from hydragrad.attribution import Attribution
 from hydragrad.hypergradient.queries import Columns
-from hydragrad.labels import label_of, labels_of, with_label
+from hydragrad.labels import label_of, labels_of
 from hydragrad.retraining.measuring import queries_of
 from hydragrad.run import Run
-from hydragrad.signals.along import label_losses
+from hydragrad.signals.trying import LabelLosses
 from hydragrad.trajectory.state import State
 
 CLASSES = 100
@@ -90,7 +90,8 @@ class Subject:
         if not 2 <= len(classes) <= CLASSES:
             return {}
         chosen = [self.queries[place] for place in ids]
-        p = torch.softmax(-label_losses(self.run, chosen, classes, with_label)(self.state).double(), 1)
+        losses = LabelLosses(self.run, classes, data=chosen)(self.state)[1]
+        p = torch.softmax(-losses.double(), 1)
         best = p.argmax(1).tolist()
         return {
             place: Said(label, float(p[row, classes.index(label)]), classes[best[row]], float(p[row, best[row]]))

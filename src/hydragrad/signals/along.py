@@ -1,8 +1,8 @@
 """Signals from the states along the run: losses, losses under other labels, gradients of each example's own loss."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from hydragrad.labels import Relabel
 from hydragrad.retraining.measuring import queries_of
 from hydragrad.run import Run, kept_random_state
 from hydragrad.shapes import Float, Int
+from hydragrad.signals.trying import LabelLosses
 from hydragrad.trajectory.state import State
 
 MOST = 20
@@ -39,8 +40,8 @@ def stored_along(run: Run, most: int = MOST) -> list[int]:
 
 def mean_losses(run: Run, most: int = MOST) -> Float[Tensor, " N"]:
     """Each training example's loss in evaluation mode, averaged along the run: wrong labels are learnt last."""
-    queries = queries_of(run, run.problem.data)
-    return torch.stack([queries.values(state) for state in _states(run, most)]).mean(0).cpu()
+    losses = LabelLosses(run)
+    return torch.stack([losses(state)[0] for state in _states(run, most)]).mean(0)
 
 
 @final
@@ -48,10 +49,12 @@ def mean_losses(run: Run, most: int = MOST) -> Float[Tensor, " N"]:
 class Candidates:
     """Every label tried on every example in the states along the run, averaged over them.
 
-    With p the softmax over the labels of minus the losses and y the example's own label: ``losses`` [N, C];
-    ``confidence`` [N, C]: p; ``el2n`` [N]: ||p - onehot(y)||; ``margin`` [N]: max over c != y of p_c, minus p_y.
+    With p the softmax over the labels of minus the losses and y the example's own label: ``loss`` [N]: as trained;
+    ``losses`` [N, C]; ``confidence`` [N, C]: p; ``el2n`` [N]: ||p - onehot(y)||; ``margin`` [N]: max over c != y of
+    p_c, minus p_y.
     """
 
+    loss: Float[Tensor, " N"]
     losses: Float[Tensor, "N C"]
     confidence: Float[Tensor, "N C"]
     el2n: Float[Tensor, " N"]
@@ -67,31 +70,21 @@ def candidate_labels(
     *,
     progress: bool = False,
 ) -> Candidates:
-    """Try every label of ``classes`` on every training example: C losses an example and state.
+    """Try every label of ``classes`` on every training example: the model once, the loss C + 1 times a state.
 
     ``given``: the place of each example's own label among the classes.
     """
-    tried = label_losses(run, run.problem.data, classes, relabel)
-    states = stored_along(run, most)
-    own = given[:, None]
-    total = [torch.zeros(run.num_examples, len(classes)) for _ in range(2)]
-    total += [torch.zeros(run.num_examples) for _ in range(2)]
+    tried = LabelLosses(run, classes, relabel)
+    states, own = stored_along(run, most), given[:, None]
+    total: list[Tensor] = []
     for step in tqdm(states, desc="trying labels", unit="state", delay=2, disable=not progress):
-        losses = tried(run.trajectory.state(step))
+        loss, losses = tried(run.trajectory.state(step))
         p = torch.softmax(-losses, 1)
         el2n = p.scatter_add(1, own, -torch.ones_like(own, dtype=p.dtype)).norm(dim=1)
         margin = p.scatter(1, own, -1.0).max(1).values - p.gather(1, own)[:, 0]
-        for sums, now in zip(total, (losses, p, el2n, margin), strict=True):
-            sums += now / len(states)
+        now = [x / len(states) for x in (loss, losses, p, el2n, margin)]
+        total = now if not total else [sums + x for sums, x in zip(total, now, strict=True)]
     return Candidates(*total)
-
-
-def label_losses(
-    run: Run, data: Any, classes: Sequence[int], relabel: Relabel
-) -> Callable[[State], Float[Tensor, "n C"]]:
-    """What gives, of a state, the loss of every example of ``data`` [n] with every label of ``classes`` [C]."""
-    asked = [queries_of(run, _Relabelled(data, label, relabel)) for label in classes]
-    return lambda state: torch.stack([queries.values(state).cpu().float() for queries in asked], dim=1)
 
 
 def self_influence(run: Run, most: int = MOST) -> Float[Tensor, " N"]:
@@ -111,17 +104,3 @@ def self_influence(run: Run, most: int = MOST) -> Float[Tensor, " N"]:
 
 def _states(run: Run, most: int) -> Iterator[State]:
     return (run.trajectory.state(step) for step in stored_along(run, most))
-
-
-@final
-class _Relabelled:
-    """The data with one label everywhere."""
-
-    def __init__(self, data: Any, label: int, relabel: Relabel) -> None:
-        self._data, self._label, self._relabel = data, label, relabel
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, place: int) -> Any:
-        return self._relabel(self._data[place], self._label)
