@@ -48,7 +48,8 @@ def main() -> None:
     long: list[dict[str, Any]] = []
     if options.steps:
         with tempfile.TemporaryDirectory() as folder:
-            for row in scale.rows(Path(folder), options.steps, scale.QUERIES, others=True):
+            work = scale.works([scale.QUERIES], scale.USUAL, tiers=False, others=True)
+            for row in scale.rows(Path(folder), options.steps, scale.STORED, work):
                 long.append(asdict(row))
                 print(row, flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,16 @@
 """Long runs on one machine: a plan's memory and seconds against what is then measured.
 
 `python -m benchmarks.scale` trains an MLP of 987,210 parameters for 20,000 steps on Fashion-MNIST (or, where that is
-absent, on digits scaled up to its size), records it, opens the record, plans, attributes, and prints predicted over
-measured. Every attribution is measured in a process of its own, by the peak of its resident memory. `--others` does the
-same for digits (360 queries), LeNet-5 and a convolutional network with BatchNorm. Linux only (/proc).
+absent, on digits scaled up to its size), records it, opens the record, plans, attributes (`--queries 1 4 8` for several
+numbers of queries), and prints predicted over measured. Every attribution is measured in a process of its own, by the
+peak of its resident memory, and by two clocks: the wall's, and one that stands while other programs hold the
+processor, which is what a plan predicts. `--tiers` compares budgets on one recorded run: a state for every step, fewer,
+states on disk too.
+`--others` measures digits (360 queries), LeNet-5 and a convolutional network with BatchNorm. Linux only (/proc).
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -26,8 +30,14 @@ from torch.utils.data import Subset, TensorDataset
 import hydragrad as hg
 from benchmarks.memory import peak, reset_peak
 from benchmarks.workloads import Workload, _places, digits, fashion, loss
+from hydragrad.hypergradient.clock import quiet_seconds
 
-STEPS, BATCH, QUERIES, MEMORY = 20_000, 8, 8, 10**9
+STEPS, BATCH, QUERIES = 20_000, 8, 8
+METHODS = ("exact", "gauss-newton", "hessian-free")
+USUAL = ["hessian-free", "exact"]
+MEMORY, STORED = "1 GB", "1 GB"
+TIERS = (("3 GB", None), ("1 GB", None), ("300 MB", None), ("150 MB", None), ("150 MB", "1 GB"))
+"""Budgets in memory and on disk, for stretches of 200 steps: every state, fewer, binomial, some on disk too."""
 GOAL, TOTAL = 0.25, 2 * 10**9
 """Relative error of a prediction; bytes resident in all."""
 
@@ -44,17 +54,18 @@ class Row:
     measured_bytes: int
     resident_bytes: int
     predicted_seconds: float
-    measured_seconds: float
+    quiet_seconds: float
+    wall_seconds: float
     planning_seconds: float
     plan: str
 
     def __str__(self) -> str:
-        memory, seconds = self.predicted_bytes / self.measured_bytes, self.predicted_seconds / self.measured_seconds
+        memory, seconds = self.predicted_bytes / self.measured_bytes, self.predicted_seconds / self.quiet_seconds
         return (
             f"{self.workload:9} {self.method:13} {self.queries:4} queries, {self.steps:6} steps: "
             f"memory {self.predicted_bytes / 1e6:6.0f} / {self.measured_bytes / 1e6:6.0f} MB = {memory:.2f}, "
-            f"time {self.predicted_seconds:7.1f} / {self.measured_seconds:7.1f} s = {seconds:.2f}, "
-            f"resident {self.resident_bytes / 1e9:.2f} GB; {self.plan}"
+            f"time {self.predicted_seconds:7.1f} / {self.quiet_seconds:7.1f} s = {seconds:.2f} "
+            f"(by the wall {self.wall_seconds:.1f} s), resident {self.resident_bytes / 1e9:.2f} GB; {self.plan}"
         )
 
 
@@ -128,7 +139,9 @@ def recorded(workload: Workload, folder: Path, steps: int | None, budget: str) -
     return {"plain": plain, "recorded": seconds / len(ids), "bytes": size}
 
 
-def measured(name: str, folder: Path, method: str, queries: int, steps: int, memory: int | None) -> Row:
+def measured(
+    name: str, folder: Path, method: str, queries: int, steps: int, memory: str | None, disk: str | None
+) -> Row:
     """Open, plan and attribute, in this process."""
     torch.set_num_threads(1)
     workload = workload_of(name, steps)
@@ -138,16 +151,16 @@ def measured(name: str, folder: Path, method: str, queries: int, steps: int, mem
     warm_up()
     reset_peak()
     before = peak()
-    given: dict[str, Any] = {"method": method, "memory": memory, "compile": False}
+    given: dict[str, Any] = {"method": method, "memory": memory, "disk": disk, "compile": False}
     began = time.perf_counter()
     plan = hg.plan(run, few, **given)
     planned = time.perf_counter() - began
-    began = time.perf_counter()
+    wall, quiet = time.perf_counter(), quiet_seconds()
     hg.attribute(run, few, check=False, progress=False, **given)
-    seconds = time.perf_counter() - began
+    quiet, wall = quiet_seconds() - quiet, time.perf_counter() - wall
     most = peak()
     return Row(
-        name, method, queries, run.num_steps, plan.peak_bytes, most - before, most, plan.seconds, seconds, planned,
+        name, method, queries, run.num_steps, plan.peak_bytes, most - before, most, plan.seconds, quiet, wall, planned,
         str(plan),
     )  # fmt: skip
 
@@ -182,33 +195,47 @@ def opened(folder: Path, workload: Workload) -> float:
     return time.perf_counter() - began
 
 
-def rows(folder: Path, steps: int, queries: int, *, others: bool) -> Iterator[Row]:
-    """Every measurement, as they come."""
-    work = [("million", queries, ("hessian-free", "exact"), MEMORY)]
+Work = tuple[str, str, int, str | None, str | None]
+"""Workload, method, queries, memory, disk."""
+
+
+def works(queries: list[int], methods: list[str], *, tiers: bool, others: bool) -> list[Work]:
+    """What is asked for, workload by workload."""
+    if tiers:
+        return [("million", "exact", queries[0], memory, disk) for memory, disk in TIERS]
+    work: list[Work] = [("million", m, count, MEMORY, None) for count in queries for m in methods]
     if others:
-        every = ("exact", "gauss-newton", "hessian-free")
-        work += [("digits", 360, every, None), ("lenet", 64, every, None), ("batchnorm", 32, every, None)]
-    for name, count, methods, memory in work:
+        counts = (("digits", 360), ("lenet", 64), ("batchnorm", 32))
+        work += [(name, method, count, None, None) for name, count in counts for method in METHODS]
+    return work
+
+
+def rows(folder: Path, steps: int, stored: str, work: list[Work]) -> Iterator[Row]:
+    """Every measurement, as they come."""
+    for name, group in itertools.groupby(work, key=lambda each: each[0]):
         workload = workload_of(name, steps)
         if workload is None:
             print(
                 f"{name}: Fashion-MNIST is not here (set HYDRAGRAD_DATA to the folder of fashion_mnist.npz): left out"
             )
             continue
-        found = recorded(workload, folder / name, steps if name == "million" else None, "1 GB")
+        found = recorded(workload, folder / name, steps if name == "million" else None, stored)
         print(
             f"{name}: a plain step {1000 * found['plain']:.2f} ms, recorded {1000 * found['recorded']:.2f} ms; "
             f"{found['bytes'] / 1e6:.0f} MB on disk, opened in {opened(folder / name, workload):.2f} s",
             flush=True,
         )
-        for method in methods:
-            yield apart(name, folder / name, method, count, steps, memory)
+        for _, method, count, memory, disk in group:
+            yield apart(name, folder / name, method, count, steps, memory, disk)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A plan's memory and time, predicted over measured.")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--queries", type=int, default=QUERIES)
+    parser.add_argument("--queries", type=int, nargs="+", default=[QUERIES])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=USUAL)
+    parser.add_argument("--stored", default=STORED, help="budget of the states stored while recording")
+    parser.add_argument("--tiers", action="store_true", help="budgets of one sweep instead")
     parser.add_argument("--others", action="store_true", help="digits, LeNet-5 and a BatchNorm network too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -218,8 +245,9 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     print(f"goals: both ratios within {GOAL:.0%} of 1, resident memory below {TOTAL / 1e9:.0f} GB")
+    work = works(options.queries, options.methods, tiers=options.tiers, others=options.others)
     with tempfile.TemporaryDirectory() as folder:
-        for row in rows(Path(folder), options.steps, options.queries, others=options.others):
+        for row in rows(Path(folder), options.steps, options.stored, work):
             print(row, flush=True)
 
 

@@ -12,6 +12,7 @@ from hydragrad.errors import UnsupportedError, message
 from hydragrad.hypergradient.choosing import Chosen, Fixed, choose, fixed
 from hydragrad.hypergradient.engines import check_method
 from hydragrad.hypergradient.naming import name_of
+from hydragrad.hypergradient.pages import kept_pages
 from hydragrad.hypergradient.queries import length_of
 from hydragrad.hypergradient.rehearsing import Costs, rehearse
 from hydragrad.hypergradient.sweeping import Sweep
@@ -95,18 +96,19 @@ def plan(
     """
     check_smoothing(smoothing)
     count = queries if isinstance(queries, int) else length_of(queries)
-    return plan_sweep(
-        Sweep.of(run, step),
-        count,
-        method,
-        rows=rows,
-        memory=memory,
-        disk=disk,
-        replays=replays,
-        block=block,
-        compile=compile,
-        reweighted=smoothing or 0,
-    )
+    with kept_pages():  # as in the sweep, whose seconds are predicted
+        return plan_sweep(
+            Sweep.of(run, step),
+            count,
+            method,
+            rows=rows,
+            memory=memory,
+            disk=disk,
+            replays=replays,
+            block=block,
+            compile=compile,
+            reweighted=smoothing or 0,
+        )
 
 
 def plan_sweep(

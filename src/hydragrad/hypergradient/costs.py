@@ -1,7 +1,6 @@
 """Measured on the spot: what engines cost on this model, and whether they agree with plain autograd."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import final
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hydragrad.hypergradient.agreement import close
+from hydragrad.hypergradient.clock import quiet_seconds
 from hydragrad.hypergradient.curvature import Engine, Products
 from hydragrad.hypergradient.scaled import ScaledEngine
 from hydragrad.step.objective import Objective, Point, Vectors
@@ -34,10 +34,10 @@ def quick_seconds(work: Callable[[], object], device: torch.device, least: float
     best, spent, runs = float("inf"), 0.0, 0
     while runs < 4 or (spent < least and runs < 20):
         synchronize(device)
-        began = time.perf_counter()
+        began = quiet_seconds()
         work()
         synchronize(device)
-        took = time.perf_counter() - began
+        took = quiet_seconds() - began
         best, spent, runs = min(best, took) if runs else best, spent + took, runs + 1
         if spent > 3.0:  # long enough to be its own measurement; a single long run may be another program's doing
             return min(best, took)
@@ -49,10 +49,10 @@ def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 
     best = float("inf")
     for repeat in range(repeats + 1):
         synchronize(device)
-        began = time.perf_counter()
+        began = quiet_seconds()
         work()
         synchronize(device)
-        took = time.perf_counter() - began
+        took = quiet_seconds() - began
         best = min(best, took) if repeat else best
         if took > 5.0:  # long enough to be its own measurement
             return min(took, best)

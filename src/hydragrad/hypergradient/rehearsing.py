@@ -4,27 +4,33 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TypeVar, final
+from dataclasses import dataclass, field
+from typing import final
 
 import torch
 from torch import Tensor
 
 from hydragrad.hypergradient.allocations import Allocations
 from hydragrad.hypergradient.choosing import Chosen
+from hydragrad.hypergradient.clock import quiet_seconds
 from hydragrad.hypergradient.costs import synchronize
-from hydragrad.hypergradient.reverse import hessian_free_sweep, reverse_sweep, start
+from hydragrad.hypergradient.finite import FirstBad
+from hydragrad.hypergradient.reverse import Adjoint, Direction, hessian_free_sweep, reverse_sweep, start
 from hydragrad.hypergradient.scaled import ScaledEngine
 from hydragrad.hypergradient.sweeping import Sweep
+from hydragrad.hypergradient.watch import looked_at_always
 from hydragrad.trajectory.moments import Moment, advance
-from hydragrad.trajectory.state import State, StepRecord
+from hydragrad.trajectory.randomness import RandomState
+from hydragrad.trajectory.state import State
 
-_Made = TypeVar("_Made")
+_Revisited = tuple[State, dict[str, Tensor], tuple[RandomState | None, ...]]
 
-STEPS, _FEWEST = 6, 3
-"""Steps rehearsed; the first of them only warms up."""
-_SHARE = 0.05
-"""Part of the predicted time that a rehearsal may take; shorter sweeps are predicted from products alone."""
+STEPS, FEWEST = 16, 3
+"""Steps rehearsed at a time, and the fewest that are worth it."""
+ROUNDS = 16
+"""How often at most, parts in turns, so that a moment in which the machine is slow spoils a few laps of each."""
+SHARE, LONGEST = 0.05, 3.0
+"""Part of the predicted time that a rehearsal may take, and seconds; shorter sweeps are predicted from products."""
 
 
 @final
@@ -58,126 +64,140 @@ def rehearse(sweep: Sweep, chosen: Chosen, queries: int, memory: int) -> Costs:
     block = min(chosen.block, queries)
     narrow, wide = block, min(2 * block, queries)
     sizes = chosen.sizes
-    needed = wide * sizes.adjoint + STEPS * sizes.state + first.work
     each = narrow + (wide if wide > narrow else 0)
-    steps = min(STEPS, int(_SHARE * sweep.stop * queries / each) - 2)  # two more to count bytes
-    if steps < _FEWEST or needed > memory // 2:
+    steps = int(SHARE * sweep.stop * queries / each / 2) - 2  # once to warm up; two more to count bytes
+    room = (memory // 2 - wide * sizes.adjoint - first.work) // sizes.state
+    steps = min(STEPS, steps, room)
+    if steps < FEWEST:
         return first
     key = ("rehearsed", repr(chosen.engine), block, wide, sweep.stop, sweep.objective.names, sweep.objective.mode)
     if key not in sweep.run.memo:
-        sweep.run.memo[key] = _measured(sweep, chosen, narrow, wide, steps)
+        seconds = SHARE * sweep.stop * (first.advance + queries * first.query)
+        rehearsal = Rehearsal(sweep, chosen, steps, quiet_seconds)
+        sweep.run.memo[key] = rehearsal.costs(narrow, wide, min(seconds, LONGEST))
     return sweep.run.memo[key]
 
 
-def _measured(sweep: Sweep, chosen: Chosen, narrow: int, wide: int, steps: int) -> Costs:
-    state, records, load = _loaded(sweep, steps)
-    replayer = sweep.replayer
-    replayer.restore(state)
-    advances, captures, moments = list[float](), list[float](), list[Moment]()
-    for record in records:
-        before, capture = _timed(replayer.state, replayer.device)
-        gradient, taken = _timed(lambda record=record: advance(replayer, record, compare=False), replayer.device)
-        batches, fetched = _timed(lambda record=record: replayer.batches(record, compare=False), replayer.device)
-        advances.append(taken)
-        captures.append(capture + fetched)
-        moments.append(Moment(record, before, gradient, batches, replayer.random))
-    rehearsal = _Rehearsal(sweep, chosen, moments)
-    with sweep.objective.differentiable():
-        one = rehearsal.seconds(narrow)
-        two = rehearsal.seconds(wide) if wide > narrow else one
-        work = rehearsal.bytes(narrow)
-    query = max((two - one) / max(wide - narrow, 1), 0.5 * two / wide) if wide > narrow else one / narrow
-    return Costs(
-        advance=_typical(advances),
-        capture=_typical(captures),
-        load=load,
-        step=max(two - wide * query, 0.0),
-        query=query,
-        work=max(work, 0 if work else narrow * chosen.sizes.engine),
-    )
+@final
+@dataclass(frozen=True)
+class _Laps:
+    """Seconds of single steps: taken, captured before, gone back with one block of queries, and with two."""
 
-
-def _loaded(sweep: Sweep, steps: int) -> tuple[State, list[StepRecord], float]:
-    """The latest state before steps of the usual size, those steps, and the seconds that reading a state takes."""
-    trajectory = sweep.run.trajectory
-    marks = [t for t in trajectory.checkpoints if t < sweep.stop]
-    start = max(marks, key=lambda t: (min(steps, sweep.stop - t), len(trajectory.steps[t].batches[0]), t))
-    began = time.perf_counter()
-    state = trajectory.state(start)
-    load = time.perf_counter() - began
-    return state, list(trajectory.steps[start : min(start + steps, sweep.stop)]), load
+    advance: list[float] = field(default_factory=list)
+    capture: list[float] = field(default_factory=list)
+    narrow: list[float] = field(default_factory=list)
+    wide: list[float] = field(default_factory=list)
 
 
 @final
-class _Rehearsal:
-    """Sweeps over the same few moments."""
+class Rehearsal:
+    """A sweep over the same few recorded steps again and again; ``clock`` tells how long its parts take."""
 
-    def __init__(self, sweep: Sweep, chosen: Chosen, moments: list[Moment]) -> None:
-        self._sweep, self._chosen, self._moments = sweep, chosen, moments
+    def __init__(self, sweep: Sweep, chosen: Chosen, steps: int, clock: Callable[[], float]) -> None:
+        self._sweep, self._chosen, self._clock = sweep, chosen, clock
+        trajectory = sweep.run.trajectory
+        marks = [t for t in trajectory.checkpoints if t < sweep.stop]
+        # the latest state before steps of the usual size
+        first = max(marks, key=lambda t: (min(steps, sweep.stop - t), len(trajectory.steps[t].batches[0]), t))
+        began = clock()
+        self._state = trajectory.state(first)
+        self._load = clock() - began
+        self._stop = min(first + steps, sweep.stop)
 
-    def seconds(self, queries: int) -> float:
-        """Of one step of a sweep that carries so many queries."""
-        marks = list[float]()
+    def costs(self, narrow: int, wide: int, seconds: float) -> Costs:
+        """Of sweeps with so many queries, from two rounds at least, and as many as take ``seconds``.
 
-        def watch(*_: object) -> None:
-            synchronize(self._sweep.replayer.device)
-            marks.append(time.perf_counter())
-
-        self._run(queries, iter(self._moments[::-1]), watch)
-        if len(marks) < 3:
-            marks.clear()
-            self._run(queries, iter(self._moments[::-1] * 3), watch)
-        return _typical([b - a for a, b in itertools.pairwise(marks)], warm=False)
-
-    def bytes(self, queries: int) -> int:
-        """What a step of one block needs beside its moment and adjoints; 0 where it cannot be counted."""
-        device = self._sweep.replayer.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            made = self._run(queries, iter(self._moments[-1:]), lambda *_: None)
-            return max(torch.cuda.max_memory_allocated(device) - before - made, 0)
-        if "compiled" in repr(self._chosen.engine):
-            return 0
-        with Allocations() as counted:
-            made = self._run(queries, iter(self._moments[-1:]), lambda *_: None)
-        return max(counted.peak - made, 0)
-
-    def _run(self, queries: int, moments: Iterator[Moment], watch: Callable[..., None]) -> int:
-        """A sweep with adjoints of ones; their bytes."""
-        sweep, engine = self._sweep, self._chosen.engine
-        last = self._moments[-1]
-        slots = sweep.optimizer.slots(last.record.groups)
-        like = [last.state.params[name] for name in sweep.objective.names]
-        ones = tuple(x.new_ones((queries, *x.shape)) for x in like)
-        buffers = tuple(
-            last.state.buffers[name].new_zeros((queries, *last.state.buffers[name].shape))
-            for name in sweep.objective.carried
+        Parts take turns, and each costs the median of its laps; a round before only warms up.
+        """
+        with self._sweep.objective.differentiable():
+            work = self._bytes(self._forth(_Laps())[-1:], narrow)
+        self._round(narrow, wide, _Laps())
+        laps, until = _Laps(), time.perf_counter() + seconds
+        for done in range(ROUNDS):
+            if done >= 2 and time.perf_counter() > until:
+                break
+            self._round(narrow, wide, laps)
+        one = statistics.median(laps.narrow)
+        two = statistics.median(laps.wide) if wide > narrow else one
+        query = max((two - one) / (wide - narrow), 0.5 * two / wide) if wide > narrow else one / narrow
+        return Costs(
+            advance=statistics.median(laps.advance),
+            capture=statistics.median(laps.capture),
+            load=self._load,
+            step=max(two - wide * query, 0.0),
+            query=query,
+            work=max(work, 0 if work else narrow * self._chosen.sizes.engine),
         )
-        adjoint = start(ones, slots, buffers)
+
+    def _round(self, narrow: int, wide: int, laps: _Laps) -> None:
+        self._back(self._forth(laps), narrow, laps.narrow)
+        if wide > narrow:
+            self._back(self._forth(laps), wide, laps.wide)
+
+    def _forth(self, laps: _Laps) -> list[_Revisited]:
+        """The steps taken, with the states and gradients that a sweep keeps."""
+        replayer, moments = self._sweep.replayer, list[_Revisited]()
+        replayer.restore(self._state)
+        for record in self._sweep.run.trajectory.steps[self._state.step : self._stop]:
+            at = [self._now()]
+            before = replayer.state()
+            at.append(self._now())
+            moments.append((before, advance(replayer, record, compare=False), replayer.random))
+            at.append(self._now())
+            laps.capture.append(at[1] - at[0])
+            laps.advance.append(at[2] - at[1])
+        return moments
+
+    def _back(self, moments: list[_Revisited], queries: int, laps: list[float]) -> int:
+        """A sweep back over ``moments``, with adjoints of ones; the bytes that it holds from step to step."""
+        sweep, engine, replayer = self._sweep, self._chosen.engine, self._sweep.replayer
+        slots = sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups)
+        last = moments[-1][0]
+        like = [last.params[name] for name in sweep.objective.names]
+        ones = tuple(x.new_ones((queries, *x.shape)) for x in like)
+        buffers = (last.buffers[name] for name in sweep.objective.carried)
+        adjoint = start(ones, slots, tuple(x.new_zeros((queries, *x.shape)) for x in buffers))
         scores = like[0].new_zeros(sweep.run.num_examples, queries)
+        bad, marks = FirstBad(sweep.objective.names), list[float]()
+
+        def revisited() -> Iterator[Moment]:
+            while moments:
+                before, gradient, random = moments.pop()
+                record = sweep.run.steps[before.step]
+                yield Moment(record, before, gradient, replayer.batches(record, compare=False), random)
 
         def sink(ids: Tensor, chosen: slice, terms: Tensor, _: int) -> None:
             terms = terms.flatten(2).sum(2) if terms.dim() > 2 else terms
             scores[:, chosen].index_add_(0, ids.to(scores.device), terms.T, alpha=-1)
 
+        def watch(step: int, at: Adjoint | Direction) -> None:
+            if looked_at_always(at):
+                bad.see(step, at.parts())
+            marks.append(self._now())
+
         common = (adjoint, min(self._chosen.block, queries), sink, watch)
         if isinstance(engine, ScaledEngine):
-            hessian_free_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
+            hessian_free_sweep(revisited(), sweep.objective, sweep.optimizer, engine, *common)
         else:
-            reverse_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
+            reverse_sweep(revisited(), sweep.objective, sweep.optimizer, engine, *common)
+        laps.extend(b - a for a, b in itertools.pairwise(marks))
         held = [*adjoint.lam, *adjoint.bet, *(x for slots in adjoint.sig for x in slots.values()), scores]
         return sum(x.nbytes for x in held)
 
+    def _bytes(self, moments: list[_Revisited], queries: int) -> int:
+        """What a step of one block needs beside its moment and adjoints; 0 where it cannot be counted."""
+        device = self._sweep.replayer.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            held = self._back(moments, queries, [])
+            return max(torch.cuda.max_memory_allocated(device) - before - held, 0)
+        if "compiled" in repr(self._chosen.engine):
+            return 0
+        with Allocations() as counted:
+            held = self._back(moments, queries, [])
+        return max(counted.peak - held, 0)
 
-def _timed(work: Callable[[], _Made], device: torch.device) -> tuple[_Made, float]:
-    synchronize(device)
-    began = time.perf_counter()
-    made = work()
-    synchronize(device)
-    return made, time.perf_counter() - began
-
-
-def _typical(seconds: list[float], *, warm: bool = True) -> float:
-    """The median; ``warm``: without the first, which warms up."""
-    return statistics.median(seconds[1:] if warm and len(seconds) > 1 else seconds)
+    def _now(self) -> float:
+        synchronize(self._sweep.replayer.device)
+        return self._clock()

@@ -14,6 +14,11 @@ _LOOKED_AT_ALWAYS = 2**21
 """Numbers of adjoints up to which every step is looked at; a pass over more costs, and fifty times a sweep it is."""
 
 
+def looked_at_always(adjoint: Adjoint | Direction) -> bool:
+    """Whether it is small enough to be looked at after every step."""
+    return sum(x.numel() for x in adjoint.parts()) <= _LOOKED_AT_ALWAYS
+
+
 @final
 class Watch:
     """Follows a sweep: its bar, how far the adjoint grows, and whether it stays finite."""
@@ -33,7 +38,7 @@ class Watch:
 
     def begin(self, adjoint: Adjoint | Direction) -> None:
         self._first = adjoint.norms()
-        self._small = sum(x.numel() for x in adjoint.parts()) <= _LOOKED_AT_ALWAYS
+        self._small = looked_at_always(adjoint)
 
     def skip(self, steps: int, growths: Mapping[int, float], drift: Mapping[int, float]) -> None:
         """A piece was finished by an earlier call, which saw this."""
