@@ -1,16 +1,18 @@
 """What recording adds to training: `python -m benchmarks.recording`.
 
-Two equal trainings in one process, one of them recorded, take turns of a hundred steps, which hold one checkpoint each.
-Printed are medians over the turns: microseconds a step of the processor's time (of all threads) and of the clock, and
-the median over pairs of neighbours of what the recorded turn took more.
+Two equal trainings in one process, one of them recorded, take turns of ten steps, which of them first alternating. A
+pair is a hundred steps of each, one checkpoint among them; it is written in the middle of a turn, so that what is
+written beside the training counts as the recorded one's. Printed are medians over the pairs: microseconds a step of the
+processor's time (of all threads) and of the clock, and what the recorded one took more, with a 95 % interval of that.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import hydragrad as hg
 from benchmarks.workloads import LeNet5, fashion, loss
 
 GOAL = 0.05
-_STEPS, _BATCH = 100, 64
+_STEPS, _TURN, _BATCH = 100, 10, 64
 
 
 @dataclass(frozen=True)
@@ -77,59 +79,74 @@ def trainings() -> dict[str, Training]:
     }
 
 
-def turn(training: Training, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Any, clip: Any) -> None:
-    """A hundred steps."""
-    for batch in batches:
-        optimizer.zero_grad()
-        loss(model, batch).mean().backward()
-        if training.limit is not None:
-            clip(model.parameters(), training.limit)
-        optimizer.step()
+def steps(training: Training, recording: hg.Recording | None, model: nn.Module, optimizer: Any) -> Iterator[None]:
+    """The loop, epoch after epoch; goes on from step to step as it is asked."""
+    data = training.data if recording is None else training.recorded_data
+    loader = DataLoader(data, batch_size=_BATCH, shuffle=True)
+    clip = nn.utils.clip_grad_norm_ if recording is None else recording.clip_grad_norm_
+    while True:
+        for batch in loader if recording is None else recording.batches(loader):
+            optimizer.zero_grad()
+            loss(model, batch).mean().backward()
+            if training.limit is not None:
+                clip(model.parameters(), training.limit)
+            optimizer.step()
+            yield
 
 
-def turns(training: Training, folder: Path, seconds: float) -> Iterator[dict[str, tuple[float, float]]]:
-    """(processor's, clock's) seconds of neighbouring turns, plain and recorded."""
-    models: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
+def pairs(training: Training, folder: Path, seconds: float) -> Iterator[dict[str, tuple[float, float]]]:
+    """(processor's, clock's) seconds of a hundred steps, plain and recorded."""
+    made = {}
     for name in ("plain", "recorded"):
         torch.manual_seed(0)
         model = training.model()
-        models[name] = model, training.optimizer(model)
-    loaders = {"plain": training.data, "recorded": training.recorded_data}
-    loaders = {name: DataLoader(data, batch_size=_BATCH, shuffle=True) for name, data in loaders.items()}
-    with hg.record(folder, *models["recorded"], reduction="mean") as recording:
-        ends, names, count = time.monotonic() + seconds, ["plain", "recorded"], 0
+        made[name] = model, training.optimizer(model)
+    with hg.record(folder, *made["recorded"], reduction="mean", checkpoint_every=_STEPS) as recording:
+        loops = {name: steps(training, recording if name == "recorded" else None, *made[name]) for name in made}
+        for loop in loops.values():  # warms up; the checkpoint then comes in the middle of a turn
+            list(islice(loop, _STEPS + _TURN // 2))
+        ends, names, count = time.monotonic() + seconds, list(made), 0
         while count < 2 or time.monotonic() < ends:
-            took = {}
-            for name in names:
-                batches = recording.batches(loaders[name]) if name == "recorded" else loaders[name]
-                clip = recording.clip_grad_norm_ if name == "recorded" else nn.utils.clip_grad_norm_
-                began = time.process_time(), time.perf_counter()
-                turn(training, *models[name], batches, clip)
-                took[name] = time.process_time() - began[0], time.perf_counter() - began[1]
-            names.reverse()
-            if count:  # the first turns warm up
-                yield took
+            took = dict.fromkeys(made, (0.0, 0.0))
+            for _ in range(_STEPS // _TURN):
+                for name in names:
+                    began = time.process_time(), time.perf_counter()
+                    list(islice(loops[name], _TURN))
+                    spent, passed = time.process_time() - began[0], time.perf_counter() - began[1]
+                    took[name] = took[name][0] + spent, took[name][1] + passed
+                names.reverse()
+            yield took
             count += 1
+        for loop in loops.values():
+            loop.close()  # type: ignore[attr-defined]
 
 
-def overhead(training: Training, folder: Path, seconds: float) -> dict[str, float]:
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Of the median, 95 %, from the order of the values alone."""
+    ordered, count = sorted(values), len(values)
+    apart = 0.98 * count**0.5
+    return ordered[max(0, int(count / 2 - apart))], ordered[min(count - 1, int(count / 2 + apart))]
+
+
+def overhead(training: Training, folder: Path, seconds: float) -> dict[str, Any]:
     """Medians: microseconds a step, and what recording adds to them relatively."""
-    pairs = list(turns(training, folder, seconds))
-    found: dict[str, float] = {"turns": len(pairs)}
+    measured = list(pairs(training, folder, seconds))
+    found: dict[str, Any] = {"pairs": len(measured)}
     for place, kind in enumerate(("processor", "clock")):
         for name in ("plain", "recorded"):
-            found[f"{kind}_{name}_us"] = statistics.median(pair[name][place] for pair in pairs) / _STEPS * 1e6
-        added = [pair["recorded"][place] / pair["plain"][place] - 1 for pair in pairs]
-        found[f"{kind}_overhead"] = statistics.median(added)
+            found[f"{kind}_{name}_us"] = statistics.median(pair[name][place] for pair in measured) / _STEPS * 1e6
+        added = [pair["recorded"][place] / pair["plain"][place] - 1 for pair in measured]
+        found[f"{kind}_overhead"], found[f"{kind}_interval"] = statistics.median(added), interval(added)
     return found
 
 
-def described(name: str, found: dict[str, float], threads: int) -> str:
+def described(name: str, found: dict[str, Any], threads: int) -> str:
     """In words."""
-    lines = [f"recording, {name} ({found['turns']} pairs of {_STEPS} steps, {threads} threads)"]
+    lines = [f"recording, {name} ({found['pairs']} pairs of {_STEPS} steps, {threads} threads)"]
     for kind in ("processor", "clock"):
         plain, recorded, more = (found[f"{kind}_{what}"] for what in ("plain_us", "recorded_us", "overhead"))
-        added = f"{100 * more:+.1f} % (goal at most {100 * GOAL:.0f} %)"
+        low, high = found[f"{kind}_interval"]
+        added = f"{100 * more:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f}; goal at most {100 * GOAL:.0f})"
         lines.append(f"  {kind:9} {plain:7.0f} us a step, recorded {recorded:7.0f}: {added}")
     return "\n".join(lines)
 

@@ -103,6 +103,30 @@ def test_neither_memory_layout_nor_company_matters_but_dtype_and_shape_do() -> N
     assert torch.equal(pair, batch_digests({"a": images, "b": labels}, 4)) is False  # names are content
 
 
+@pytest.mark.parametrize("labels", ["labels", "double", "short", "complex"])
+@pytest.mark.parametrize("rows", ["long", "turned", "shifted", "trained", "short"])
+def test_a_pair_counts_as_its_parts_do(rows: str, labels: str) -> None:
+    plain = torch.linspace(-3, 3, 4 * 400).reshape(4, 400)
+    images = {
+        "long": plain.reshape(4, 2, 200),
+        "turned": plain.t().contiguous().t(),
+        "shifted": torch.cat([torch.zeros(1), plain.flatten()])[1:].view(4, 400),
+        "trained": plain.clone().requires_grad_(),
+        "short": plain[:, :6],
+    }[rows]
+    numbers = {
+        "labels": CASES["labels"],
+        "double": torch.tensor([0.5, -0.0, 1e300, 0.0], dtype=torch.float64),
+        "short": torch.tensor([1, 2, 3, -4], dtype=torch.int32),
+        "complex": torch.tensor([1 + 2j, 3, 4j, 0]),
+    }[labels]
+    first, second = batch_digests(images, 4).tolist(), batch_digests(numbers, 4).tolist()
+    expected = [signed(b + 0x9E3779B97F4A7C15 * a) for a, b in zip(first, second, strict=True)]
+    assert batch_digests([images, numbers], 4).tolist() == batch_digests((images, numbers), 4).tolist() == expected
+    turned = [signed(a + 0x9E3779B97F4A7C15 * b) for a, b in zip(first, second, strict=True)]
+    assert batch_digests([numbers, images], 4).tolist() == turned
+
+
 def gradients() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator) for shape in ((7, 30), (200, 2), (3, 5, 5), (), (7,), (2,), (9, 2))]
@@ -116,11 +140,12 @@ def test_the_norm_and_the_projections_of_a_gradient() -> None:
     grads = gradients()
     whole = torch.cat([g.flatten().double() for g in grads])
     torch.testing.assert_close(fingerprint(grads)[0], whole.norm(), rtol=1e-6, atol=0)
-    for member in (6, 5, 3, 1):  # what is projected: the last tensor and others at equal distances
-        numbers = []
+    some = gradients()
+    for grads, member in ((some, 2), (some[:3][::-1], 2), ([g.flatten()[:40] for g in some], 2)):
+        numbers = []  # of the last tensor of 64 numbers, or else the last of the longest
         for scale in (1.0, -1.0):
             changed = [g * scale if k == member else g for k, g in enumerate(grads)]
-            numbers.append(fingerprint(changed)[1:])
+            numbers.append(GradientFingerprint([g.numel() for g in grads])(changed)[1:])
         flat = grads[member].flatten().double()
         stride = max(1, len(flat) // 64)
         sample, n = flat[::stride][: min(64, len(flat))], min(64, len(flat))

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from hydragrad.run import Run
 from hydragrad.trajectory.generators import GENERATORS
 from hydragrad.trajectory.moments import Backwards, forwards
-from hydragrad.trajectory.randomness import RandomState, RandomWatch, Seeding, seeded, undisturbed
+from hydragrad.trajectory.randomness import RandomState, RandomWatch, Seeding, number_of, seeded, undisturbed
 from hydragrad.trajectory.recording import record
 from hydragrad.verification import verify
 from tests.trajectory.loops import (
@@ -132,8 +132,7 @@ def test_seeding_many_calls_gives_what_seeding_each_gives(drawing: str) -> None:
         np.random.standard_normal()
         random.gauss(0, 1)
         before, seeding = RandomState.capture().tensors(), Seeding()
-        with seeding.calls() as call:
-            assert [call(lambda i=i: draw(i), "many", i) for i in range(6)] == expected
+        assert seeding.each(draw, range(6), [number_of("many", i) for i in range(6)]) == expected
         for name, tensor in RandomState.capture().tensors().items():
             assert torch.equal(tensor, before[name]), name
 

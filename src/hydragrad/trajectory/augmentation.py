@@ -1,12 +1,13 @@
 """Random augmentation that comes out the same whenever the same example is asked for in the same epoch."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, final
 
 from torch.utils.data import Dataset
 
 from hydragrad.errors import UnsupportedError, message
-from hydragrad.trajectory.randomness import Seeding, seeded
+from hydragrad.trajectory.randomness import Seeding, number_of, seeded
 
 
 @final
@@ -52,14 +53,19 @@ class Augmented(Dataset):
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
         """The examples one by one; a DataLoader asks for a batch so, and the generators are put back once for all."""
-        length = len(self)
-        with self._seeding.calls() as call:
-            return [
-                call(
-                    lambda i=int(i): self.dataset[i], "augmented", self.seed, getattr(i, "epoch", 0), [int(i) % length]
-                )
-                for i in indices
-            ]
+        positions, length = [int(index) for index in indices], len(self)
+        bases = [_base(self.seed, getattr(index, "epoch", 0)) for index in indices]
+        numbers = [(base + position % length * _ODD) % 2**64 for base, position in zip(bases, positions, strict=True)]
+        return self._seeding.each(lambda position: self.dataset[position], positions, numbers)
+
+
+_ODD = 0x9E3779B97F4A7C15
+"""Odd: positions that differ in their lowest 32 bits, all that torch takes of a seed, give seeds that do."""
+
+
+@lru_cache(maxsize=64)
+def _base(seed: int, epoch: int) -> int:
+    return number_of("augmented", seed, epoch)
 
 
 def in_epoch(data: Any, index: Any, epoch: int) -> Any:

@@ -1,8 +1,8 @@
-"""A small fingerprint of each step's gradient: its norm, and two projections of a sample of it."""
+"""A small fingerprint of each step's gradient: its norm, and two projections of its tensors' norms and of a sample."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 import numpy as np
 import torch
@@ -10,8 +10,7 @@ from torch import Tensor
 
 from hydragrad.trajectory.digests import splitmix
 
-_SAMPLED = 64  # coordinates of a tensor that enter the projections
-_TENSORS = 4  # of which that many are taken
+_SAMPLED = 64  # coordinates that enter the projections
 
 
 @final
@@ -25,17 +24,16 @@ class Reading(NamedTuple):
 
 @final
 class GradientFingerprint:
-    """Norm of the gradients, and two random-sign projections of a part of them, float64 [3].
+    """Norm of the gradients, and two random-sign projections of numbers read off them, float64 [3].
 
-    The projections read at most 64 evenly strided coordinates of each of four tensors, the last of those that have a
-    gradient among them (the whole forward pass and the loss go into it), and the norms of all tensors. Signs come from
-    a fixed integer hash of the places, so that recording and replay agree without a seed.
+    The projections read the norms of all tensors, and for the signs 64 evenly strided coordinates of the last tensor
+    that has so many (else of the longest): the whole forward pass and the loss go into them. The projections' signs
+    come from a fixed integer hash of the places, so that recording and replay agree without a seed.
     """
 
     def __init__(self, numels: Sequence[int]) -> None:
-        counts = [min(numel, _SAMPLED) for numel in numels]
-        self._strides = [((count,), (max(1, numel // _SAMPLED),)) for count, numel in zip(counts, numels, strict=True)]
-        self._all = tuple(range(len(counts)))
+        self._numels = tuple(numels)
+        self._all = tuple(range(len(numels)))
         self._plans: dict[tuple[int, ...], _Plan] = {}
 
     def __call__(self, grads: Sequence[Tensor | None]) -> Tensor:
@@ -45,15 +43,16 @@ class GradientFingerprint:
     @torch.no_grad()
     def read(self, grads: Sequence[Tensor | None]) -> Reading:
         """What has to be read before the gradients are gone; on their device, nothing is waited for."""
-        present = [_dense(grad) for grad in grads if grad is not None]
+        present = [grad if grad.is_contiguous() else _dense(grad) for grad in grads if grad is not None]
         if not present:
             return Reading(())
         members = self._all
         if len(present) < len(members):
             members = tuple([i for i, grad in enumerate(grads) if grad is not None])
         if members not in self._plans:
-            self._plans[members] = _Plan.of(members, self._strides)
-        sample = torch.cat([present[k].as_strided(*few) for k, few in self._plans[members].taken])
+            self._plans[members] = _Plan.of(members, self._numels)
+        plan = self._plans[members]
+        sample = present[plan.sampled].as_strided((plan.count,), (plan.stride,)).clone()
         return Reading(members, tuple(torch._foreach_norm(present)), sample)  # type: ignore[attr-defined]
 
     @torch.no_grad()
@@ -72,20 +71,22 @@ class GradientFingerprint:
 @final
 @dataclass(frozen=True)
 class _Plan:
-    """For the tensors that have a gradient: which of them are sampled and how, and plus and minus one [2, numbers]."""
+    """For the tensors that have a gradient: which of them is sampled and how, and plus and minus one [2, numbers]."""
 
-    taken: tuple[tuple[int, Any], ...]
+    sampled: int
+    count: int
+    stride: int
     signs: np.ndarray
 
     @staticmethod
-    def of(members: Sequence[int], strides: Sequence[Any]) -> "_Plan":
-        count = min(_TENSORS, len(members))
-        taken = [len(members) - 1 - k * len(members) // count for k in range(count)]
-        numbers = [strides[members[k]][0][0] for k in taken]
+    def of(members: Sequence[int], numels: Sequence[int]) -> "_Plan":
+        sampled = max(range(len(members)), key=lambda k: (min(numels[members[k]], _SAMPLED), k))
+        numel = numels[members[sampled]]
+        count = min(numel, _SAMPLED)
         signs = [splitmix(i << 32, 2).view(2, 1) for i in members]
-        signs += [splitmix((members[k] << 32) + 2, 2 * n).view(2, -1) for k, n in zip(taken, numbers, strict=True)]
+        signs += [splitmix((members[sampled] << 32) + 2, 2 * count).view(2, -1)]
         plus = torch.cat(signs, 1).ge(0).double() * 2 - 1
-        return _Plan(tuple((k, strides[members[k]]) for k in taken), plus.numpy())
+        return _Plan(sampled, count, max(1, numel // _SAMPLED), plus.numpy())
 
     def fingerprints(self, norms: Tensor, samples: Tensor) -> Tensor:
         """[n, 3] of norms [n, tensors] and samples [n, coordinates]: row by row, so that n changes no rounding."""

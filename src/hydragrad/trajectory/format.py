@@ -26,7 +26,7 @@ from hydragrad.trajectory.tables import (
 )
 from hydragrad.trajectory.watching import Autocast
 
-VERSION = 4
+VERSION = 5
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", "recording.lock"
 
 

@@ -1,83 +1,83 @@
 """The random generators one by one (torch's, numpy's, Python's): looked at cheaply, as bytes, and set."""
 
-import ctypes
 import random
 import struct
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hydragrad.errors import UnsupportedError, message
+from hydragrad.trajectory.marks import (
+    TORCH_KEPT,
+    WORDS,
+    numpy_mark,
+    python_mark,
+    python_state,
+    torch_mark,
+)
 
 GENERATORS = ("torch", "cuda", "numpy", "python")
 
-_WORDS = 625 * 4  # of a Mersenne twister with its position, in bytes
 
-Looks = dict[str, Any]
-"""Generator -> its state in a form that is cheap to read: see ``changed`` and ``plain``."""
+@final
+@dataclass(frozen=True)
+class Look:
+    """Generators at one moment: their states, comparable by ``==``, and marks that move with every draw (or None)."""
 
-
-def look(device: torch.device, names: Sequence[str], before: Looks | None = None) -> Looks:
-    """The states now; ``before``: an earlier look, whose states are taken over where nothing was drawn since."""
-    found: Looks = {}
-    for name in names:
-        if name == "torch":
-            found[name] = torch.default_generator.get_state()
-        elif name == "cuda" and device.type == "cuda":  # seed and offset live on the host: nothing is waited for
-            generator = torch.cuda.default_generators[
-                torch.cuda.current_device() if device.index is None else device.index
-            ]
-            found[name] = struct.pack("<QQ", generator.initial_seed(), generator.get_offset())
-        elif name == "numpy":
-            found[name] = _numpy_now(None if before is None else before[name])
-        elif name == "python":
-            found[name] = _python_now(None if before is None else before[name])
-    return found
+    states: Mapping[str, Any]
+    marks: Mapping[str, Any]
 
 
-def changed(before: Looks, after: Looks) -> list[str]:
-    """The generators that were drawn from between two looks."""
-    return [name for name, was in before.items() if not _same(was, after[name])]
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (torch.equal(a, b) if isinstance(a, Tensor) else plain(a) == plain(b))
-
-
-def plain(looked: Any) -> Any:
-    """A look's state in a form that compares by ``==``."""
-    if isinstance(looked, Tensor):
-        return looked.numpy().tobytes()
-    return looked[:-1] if isinstance(looked, tuple) else looked  # without its mark
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# Twisters in memory. Asking numpy takes 30 microseconds and asking Python ten. A draw moves the position among the
-# words, and whoever draws so often that it stands there again has made new words: reading the position and one word
-# beside it, in place, tells whether anything was drawn.
-
-
-class _Numpy:
-    """Numpy's global generator as last seen, and where its last word and position lie (None: it is no twister)."""
-
-    generator: Any = None
-    mark: Any = None
-
-
-def _numpy_now(before: tuple[bytes, int, float, int] | None) -> tuple[bytes, int, float, int]:
-    """The words with their position, the normal number that is kept for the next call (drawn in pairs), the mark."""
-    module: Any = np.random
-    generator = module.get_bit_generator()
-    if generator is not _Numpy.generator:
-        _Numpy.generator, _Numpy.mark = generator, None
-        if type(generator) is np.random.MT19937:
-            _Numpy.mark = ctypes.c_uint64.from_address(generator.ctypes.state_address + _WORDS - 8)
-    mark = -1 if _Numpy.mark is None else _Numpy.mark.value
-    if before is not None and before[3] == mark >= 0 and not before[1]:  # no number is kept that could have gone
+def look(device: torch.device, names: Sequence[str], before: Look | None = None) -> Look:
+    """The generators now; ``before``: an earlier look, itself given back if nothing was drawn since."""
+    marks = {name: _MARKS[name](device) for name in names}
+    if before is None:
+        return _read(device, marks, Look({}, {}))
+    if marks == before.marks and None not in marks.values():
         return before
+    return _read(device, marks, before)
+
+
+def _read(device: torch.device, marks: dict[str, Any], before: Look) -> Look:
+    states = {}
+    for name, mark in marks.items():
+        if mark is not None and mark == before.marks.get(name):
+            states[name] = before.states[name]
+        else:
+            states[name] = _STATES[name](device)
+            if _keeps_a_normal(name, states[name]):
+                marks[name] = None
+    return Look(states, marks)
+
+
+def changed(before: Look, after: Look) -> list[str]:
+    """The generators that were drawn from between two looks."""
+    if before is after:
+        return []
+    return [name for name, was in before.states.items() if was != after.states[name]]
+
+
+def _keeps_a_normal(name: str, state: Any) -> bool:
+    """Whether the next normal number was made already (they are, in pairs) and may go without a mark's moving."""
+    return (name == "torch" and any(state[TORCH_KEPT])) or (name == "numpy" and bool(state[1]))
+
+
+def _torch_now() -> bytes:
+    return torch.default_generator.get_state().numpy().tobytes()
+
+
+def _cuda_now(device: torch.device) -> bytes:
+    """Seed and offset live on the host: nothing is waited for."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return struct.pack("<QQ", generator.initial_seed(), generator.get_offset())
+
+
+def _numpy_now() -> tuple[bytes, int, float]:
+    """The words with their position, and the normal number that is kept for the next call."""
     state: Any = np.random.get_state(legacy=False)
     if state["bit_generator"] != "MT19937":
         raise UnsupportedError(
@@ -89,35 +89,22 @@ def _numpy_now(before: tuple[bytes, int, float, int] | None) -> tuple[bytes, int
             )
         )
     words = np.asarray(state["state"]["key"], "<u4").tobytes() + struct.pack("<i", state["state"]["pos"])
-    return words, int(state["has_gauss"]), float(state["gauss"]), mark
+    return words, int(state["has_gauss"]), float(state["gauss"])
 
 
-def _python_mark() -> Any:
-    """Position and first word of Python's generator in memory; None where they do not lie as CPython lays them."""
-    owner = getattr(random, "_inst", None)
-    size = getattr(random.Random.__base__, "__basicsize__", 0)
-    if type(owner) is not random.Random or size < object.__basicsize__ + _WORDS:
-        return None
-    start = id(owner) + object.__basicsize__
-    words = ctypes.string_at(start, _WORDS)
-    return ctypes.c_uint64.from_address(start) if words[4:] + words[:4] == _python_asked()[0] else None
-
-
-def _python_asked() -> tuple[bytes, float | None]:
-    _, words, gauss = random.getstate()
-    return np.asarray(words, "<u4").tobytes(), gauss
-
-
-_PYTHON = _python_mark()
-_KEPT: Any = vars(random._inst) if _PYTHON is not None else {}  # type: ignore[attr-defined]
-
-
-def _python_now(before: tuple[bytes, float | None, int] | None) -> tuple[bytes, float | None, int]:
-    """The words with their position, the normal number that is kept for the next call, the mark."""
-    mark = -1 if _PYTHON is None else _PYTHON.value
-    if before is not None and before[2] == mark >= 0 and before[1] == _KEPT["gauss_next"]:
-        return before
-    return *_python_asked(), mark
+_Reads = dict[str, Callable[[torch.device], Any]]
+_MARKS: _Reads = {
+    "torch": lambda _: torch_mark(),
+    "cuda": _cuda_now,
+    "numpy": lambda _: numpy_mark(),
+    "python": lambda _: python_mark(),
+}
+_STATES: _Reads = {
+    "torch": lambda _: _torch_now(),
+    "cuda": _cuda_now,
+    "numpy": lambda _: _numpy_now(),
+    "python": lambda _: python_state(),
+}
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -126,12 +113,10 @@ def _python_now(before: tuple[bytes, float | None, int] | None) -> tuple[bytes, 
 
 def to_tensor(name: str, looked: Any) -> Tensor:
     """A look's state as uint8, the same on every machine."""
-    if isinstance(looked, Tensor):
-        return looked
     if name == "numpy":
-        looked = looked[0] + struct.pack("<id", *looked[1:3])
+        looked = looked[0] + struct.pack("<id", *looked[1:])
     elif name == "python":
-        words, gauss = looked[:2]
+        words, gauss = looked
         looked = words + struct.pack("<id", gauss is not None, gauss or 0.0)
     return torch.frombuffer(bytearray(looked), dtype=torch.uint8)
 
@@ -146,7 +131,7 @@ def put(name: str, state: Tensor, device: torch.device) -> None:
     else:
         data = state.numpy().tobytes()
         words = np.frombuffer(data, "<u4", 625)
-        kept, gauss = struct.unpack_from("<id", data, _WORDS)
+        kept, gauss = struct.unpack_from("<id", data, WORDS)
         if name == "numpy":
             twister = {"key": words[:624].copy(), "pos": int(words[624])}
             np.random.set_state({"bit_generator": "MT19937", "state": twister, "has_gauss": kept, "gauss": gauss})

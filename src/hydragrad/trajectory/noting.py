@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from hydragrad.step.clipping import Clip
 from hydragrad.trajectory.claims import PendingBatch
 from hydragrad.trajectory.clips import ClipNotes
 from hydragrad.trajectory.fingerprints import GradientFingerprint, Reading
@@ -18,11 +19,26 @@ from hydragrad.trajectory.watching import Modes
 
 @final
 class Noted(NamedTuple):
-    """A step, and what was read of its gradients."""
+    """A step as it was taken; what its StepRecord is made of, once there is time."""
 
-    fields: dict[str, Any]
-    """Of its StepRecord, but for the fingerprint."""
+    number: int
+    batches: list[PendingBatch]
+    skipped: list[PendingBatch]
+    groups: tuple[Hyper, ...]
+    without_grad: frozenset[str]
+    frozen: frozenset[str]
+    modes: Mapping[str, bool]
+    clips: tuple[Clip, ...]
+    scale: float | None
+    passes: tuple[Pass, ...]
+    draws: tuple[Draw | None, ...]
     reading: Reading
+    """What was read of its gradients."""
+
+    def contents(self) -> list[Any]:
+        """The batches themselves, if they are kept: those that replay will run."""
+        moved = [batch for batch in self.skipped if batch.ran is not None and batch.ran.modes is not None]
+        return [batch.content for batch in (*self.batches, *sorted(moved, key=lambda batch: batch.place))]
 
 
 @final
@@ -41,7 +57,8 @@ class StepNotes:
         self._hyper, self._modes, self._clips, self._scaler = HyperNotes(dict(params), optimizer), modes, clips, scaler
         self._fingerprint = GradientFingerprint([param.numel() for param in self._params])
         self._draws = DrawWriter()
-        self._none: frozenset[str] = frozenset()
+        self._known: tuple[list[bool], list[bool]] = ([], [])
+        self._none, self._frozen = _NOBODY, _NOBODY
         self.groups = self._hyper.names
         """Names of the parameters of each param group."""
 
@@ -52,45 +69,40 @@ class StepNotes:
     def note(self, index: int, batches: list[PendingBatch], skipped: list[PendingBatch]) -> Noted:
         """The step that is about to be taken, its gradients complete."""
         grads = [param.grad for param in self._params]
-        without, frozen = self._without(grads)
-        passes, draws = self._in_order(batches, skipped)
-        fields = {
-            "index": index,
-            "epoch": batches[0].epoch,
-            "batches": tuple([batch.ids for batch in batches]),
-            "digests": tuple([batch.digests for batch in batches]),
-            "groups": self._hyper.now(),
-            "without_grad": without,
-            "modes": self._modes.now(),
-            "epochs": tuple([batch.epoch for batch in batches]),
-            "loaders": tuple([batch.loader for batch in batches]),
-            "skipped": tuple([batch.ids for batch in skipped]),
-            "draws": draws,
-            "clips": self._clips.take(),
-            "scale": None if self._scaler is None else self._scaler.get_scale(),
-            "autocast": tuple([batch.ran and batch.ran.autocast for batch in batches]),
-            "frozen": frozen,
-            "passes": passes,
-        }
-        return Noted(fields, self._fingerprint.read(grads))
+        self._look_at(grads)
+        return Noted(
+            index,
+            batches,
+            skipped,
+            self._hyper.now(),
+            self._none,
+            self._frozen,
+            self._modes.now(),
+            self._clips.take(),
+            None if self._scaler is None else self._scaler.get_scale(),
+            *self._in_order(batches, skipped),
+            self._fingerprint.read(grads),
+        )
 
-    def segment(self, noted: list[Noted]) -> list[StepRecord]:
-        """The records of steps up to a checkpoint: replay may start there, so no draw goes on across it."""
+    def forget(self) -> None:
+        """A checkpoint: replay may start here, so no draw goes on across it."""
         self._draws.forget()
-        fingerprints = self._fingerprint.finish([one.reading for one in noted])
-        return [StepRecord(**one.fields, fingerprint=found) for one, found in zip(noted, fingerprints, strict=True)]
 
-    def _without(self, grads: list[Tensor | None]) -> tuple[frozenset[str], frozenset[str]]:
-        """Names without a gradient, and names that hold one without requiring it."""
-        none = frozenset([name for name, grad in zip(self._names, grads, strict=True) if grad is None])
-        if none != self._none:
-            self._none = none
-        if all(param.requires_grad for param in self._params):
-            return self._none, _NOBODY
-        frozen = [
-            n for n, p, g in zip(self._names, self._params, grads, strict=True) if g is not None and not p.requires_grad
-        ]
-        return self._none, frozenset(frozen)
+    def records(self, noted: list[Noted]) -> list[StepRecord]:
+        """The records of steps, in whatever thread."""
+        fingerprints = self._fingerprint.finish([one.reading for one in noted])
+        return [_record(one, found) for one, found in zip(noted, fingerprints, strict=True)]
+
+    def _look_at(self, grads: list[Tensor | None]) -> None:
+        """Find names without a gradient, and names that hold one without requiring it: the same objects if the same."""
+        known = [grad is None for grad in grads], [param.requires_grad for param in self._params]
+        if known != self._known:
+            self._known = known
+            none = frozenset([name for name, missing in zip(self._names, known[0], strict=True) if missing])
+            self._none = self._none if none == self._none else none
+            self._frozen = frozenset(
+                [name for name, missing, trains in zip(self._names, *known, strict=True) if not missing and not trains]
+            )
 
     def _in_order(
         self, batches: list[PendingBatch], skipped: list[PendingBatch]
@@ -109,6 +121,28 @@ class StepNotes:
             if batch is not None:
                 draws.append(self._draws.draw(batch.drawn))
         return tuple(passes), tuple(draws)
+
+
+def _record(step: Noted, fingerprint: Tensor) -> StepRecord:
+    return StepRecord(
+        index=step.number,
+        epoch=step.batches[0].epoch,
+        batches=tuple([batch.ids for batch in step.batches]),
+        digests=tuple([batch.digests for batch in step.batches]),
+        groups=step.groups,
+        without_grad=step.without_grad,
+        fingerprint=fingerprint,
+        modes=step.modes,
+        epochs=tuple([batch.epoch for batch in step.batches]),
+        loaders=tuple([batch.loader for batch in step.batches]),
+        skipped=tuple([batch.ids for batch in step.skipped]),
+        draws=step.draws,
+        clips=step.clips,
+        scale=step.scale,
+        autocast=tuple([batch.ran and batch.ran.autocast for batch in step.batches]),
+        frozen=step.frozen,
+        passes=step.passes,
+    )
 
 
 _NOBODY: frozenset[str] = frozenset()

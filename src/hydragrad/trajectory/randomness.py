@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hydragrad.errors import StoreError, message
-from hydragrad.trajectory.generators import GENERATORS, Looks, changed, look, plain, put, to_tensor
+from hydragrad.trajectory.generators import GENERATORS, Look, changed, look, put, to_tensor
 
 _CPU = torch.device("cpu")
 _ON_CPU = ("torch", "numpy", "python")
@@ -41,7 +41,8 @@ class RandomState:
     def capture(device: "torch.device | str" = "cpu", generators: Sequence[str] = GENERATORS, /) -> "RandomState":
         """The states now."""
         device = torch.device(device)
-        found = look(device, generators)
+        chosen = [name for name in generators if name != "cuda" or device.type == "cuda"]
+        found = look(device, chosen).states
         return RandomState.of({name: to_tensor(name, value) for name, value in found.items()}, device)
 
     @staticmethod
@@ -96,11 +97,12 @@ def undisturbed() -> Iterator[None]:
 def seeded(*key: Any) -> Iterator[None]:
     """Within: the CPU generators of torch, numpy and Python seeded from ``key``. Afterwards: as the caller had them."""
     with RandomState.capture("cpu", _ON_CPU).restored():
-        _seed(_ON_CPU, _number(key))
+        _seed(_ON_CPU, number_of(*key))
         yield
 
 
-def _number(key: tuple[Any, ...]) -> int:
+def number_of(*key: Any) -> int:
+    """A seed from plain values."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
@@ -115,39 +117,42 @@ def _seed(names: Sequence[str], seed: int) -> None:
 
 @final
 class Seeding:
-    """Many calls, each with the CPU generators ``seeded`` by a key of its own, at a tenth of the cost.
+    """Calls with the CPU generators ``seeded`` each by a number of its own, many of them at a tenth of the cost.
 
-    numpy and Python are seeded only if the calls are seen to draw from them: the first that does is made again.
-    Example: ``with seeding.calls() as call: samples = [call(lambda: dataset[i], "mine", i) for i in ids]``.
+    numpy and Python are seeded only if calls are seen to draw from them: those among which the first is are made again.
+    Example: ``samples = seeding.each(dataset.__getitem__, ids, numbers)``.
     """
 
     def __init__(self) -> None:
         self._seeded: tuple[str, ...] = ("torch",)
-        self._others: tuple[str, ...] = ("numpy", "python")
-        self._before: Looks = {}
 
-    @contextlib.contextmanager
-    def calls(self) -> Iterator[Callable[..., Any]]:
-        """Within: ``call(function, *key)``. Afterwards: the generators as the caller had them."""
+    def each(self, function: Callable[[Any], Any], items: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
+        """``[function(item) for item in items]``; afterwards the generators are as the caller had them."""
         before = look(_CPU, _ON_CPU)
-        self._before = {name: before[name] for name in self._others}
         try:
-            yield self._call
+            made = self._each(function, items, numbers)
+            if self._seeded is not _ON_CPU and set(changed(before, look(_CPU, _ON_CPU, before))) - set(self._seeded):
+                self._seeded = _ON_CPU
+                made = self._each(function, items, numbers)
+            return made
         finally:
             for name in changed(before, look(_CPU, _ON_CPU, before)):
-                put(name, to_tensor(name, before[name]), _CPU)
+                put(name, to_tensor(name, before.states[name]), _CPU)
 
-    def _call(self, function: Callable[[], Any], *key: Any) -> Any:
-        while True:
-            _seed(self._seeded, _number(key))
-            value = function()
-            if not self._others or not changed(self._before, look(_CPU, self._others, self._before)):
-                return value
-            self._seeded, self._others = _ON_CPU, ()
+    def _each(self, function: Callable[[Any], Any], items: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
+        made = []
+        for item, number in zip(items, numbers, strict=True):
+            _seed(self._seeded, number)
+            made.append(function(item))
+        return made
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # While recording
+
+
+Drawn = tuple[Mapping[str, Any], Mapping[str, Any]]
+"""States before and after of the generators that a micro-batch drew from."""
 
 
 @final
@@ -158,21 +163,24 @@ class RandomWatch:
         self._device = device
         self._names = tuple(name for name in GENERATORS if name != "cuda" or device.type == "cuda")
         self._open = False
-        self._last: Looks | None = None
+        self._last: Look | None = None
 
     def begin(self) -> None:
         """A micro-batch begins."""
         self._last, self._open = look(self._device, self._names, self._last), True
 
-    def end(self) -> "tuple[dict[str, Any], dict[str, Any]] | None":
-        """It ended: states before and after of the generators that were drawn from; None: of none."""
+    def end(self) -> Drawn | None:
+        """It ended; None: nothing was drawn."""
         if not self._open:
             return None
         before, self._open = self._last, False
         assert before is not None
         self._last = after = look(self._device, self._names, before)
+        if after is before:
+            return None
         drawn = changed(before, after)
-        return tuple({name: plain(at[name]) for name in drawn} for at in (before, after)) if drawn else None  # type: ignore[return-value]
+        first, second = ({name: at.states[name] for name in drawn} for at in (before, after))
+        return (first, second) if drawn else None
 
 
 @final
@@ -182,7 +190,7 @@ class DrawWriter:
     def __init__(self) -> None:
         self._ends: dict[str, Any] = {}
 
-    def draw(self, drawn: "tuple[dict[str, Any], dict[str, Any]] | None") -> Draw | None:
+    def draw(self, drawn: Drawn | None) -> Draw | None:
         """The record of a micro-batch, given in the order in which replay will run them."""
         if drawn is None:
             return None

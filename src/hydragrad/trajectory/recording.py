@@ -22,6 +22,7 @@ from hydragrad.trajectory.noting import Noted, StepNotes
 from hydragrad.trajectory.points import Point
 from hydragrad.trajectory.randomness import RandomState, RandomWatch
 from hydragrad.trajectory.resuming import Resumption, can_go_on, check_same, last_point, matching_point, put_back
+from hydragrad.trajectory.segments import Segments
 from hydragrad.trajectory.settings import Settings, refuse_closure
 from hydragrad.trajectory.sources import Sources, Watched
 from hydragrad.trajectory.state import Manifest, State, capture_state, live_buffers
@@ -98,13 +99,12 @@ class Recording:
         self._notes = StepNotes(self._params, optimizer, self._modes, self._clips, given.used_scaler)
         self._random = RandomWatch(self._device)
         self._writer: StoreWriter | None = None
+        self._segments: Segments | None = None
         self._open = contextlib.ExitStack()
         self._initial: State | None = None
         self._batch_leaves: list[dict[str, Any]] = []
         self._now = Gathered()
         self._taken: Noted | None = None  # between the hooks of one optimizer step
-        self._steps: list[Noted] = []
-        self._kept: list[Any] | None = [] if given.keep_batches else None
         self._count = 0
         self._begun: Trajectory | None = None  # the run to go on with, until it is known from which step
         self._recorded: Manifest | None = None  # of a run that is gone on with
@@ -122,6 +122,7 @@ class Recording:
             writer.close()
             raise
         self._writer = writer
+        self._segments = Segments(writer, self._notes, self._device, keeps_batches=given.keep_batches)
         self._open.enter_context(self._watch.watching())
         self._open.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
         self._open.callback(self._optimizer.register_step_post_hook(self._after_step).remove)
@@ -141,17 +142,20 @@ class Recording:
                 self._end(self._writer, kind, error)
         finally:
             self._writer.close()
-            self._writer = None
+            self._writer = self._segments = None
 
     def _end(self, writer: StoreWriter, kind: type[BaseException] | None, error: BaseException | None) -> None:
         """Write what is left and how the run ended; where that fails, what was written before stands, and is read."""
-        failed: StoreError | None = None
+        assert self._segments is not None
+        failed = self._segments.settle()
         torn = self._taken is not None or (bool(self._now.batches) and bool(self._buffers))
         try:
-            self._flush(None if torn else self._capture())
+            self._segments.end(None if torn else self._capture())
         except StoreError as refused:
-            failed = refused
-        reason = f"{kind.__name__}: {error}" if kind is not None else f"StoreError: {failed}" if failed else ""
+            failed = failed or refused
+        reason = (
+            f"{kind.__name__}: {error}" if kind is not None else f"{type(failed).__name__}: {failed}" if failed else ""
+        )
         leftover = [batch.ids.tolist() for batch in (*self._now.skipped, *self._now.batches)]
         try:
             writer.finish(complete=not reason, reason=reason, skipped=leftover)
@@ -255,12 +259,14 @@ class Recording:
         if self._begun is not None:
             self._settle(self._begun)
         self._keep_place(None)
+        assert self._segments is not None
+        self._segments.wait()  # a loader may fork its worker processes now: beside no thread of ours
         with contextlib.closing(self._sources.passing(place, watched)) as passing:
             for epoch, ids, batch in passing:
                 self._initial = self._initial or self._capture()
                 self._batch_leaves = self._batch_leaves or describe_batch(batch)
                 pending = PendingBatch(ids, batch_digests(batch, len(ids)), epoch, place)
-                if self._kept is not None:
+                if self._given.keep_batches:
                     pending.content = keep(batch)
                 self._now.batches.append(pending)
                 self._begin_batch()
@@ -277,8 +283,9 @@ class Recording:
         point = Point(self._count, self._notes.hyper(), random, self._sources.points(), states)
         self._due = -1
         assert self._writer is not None
+        assert self._segments is not None
         if self._writer.started:
-            self._writer.point(point)
+            self._segments.point(point)
         else:
             self._first = point
 
@@ -323,32 +330,19 @@ class Recording:
             if self._begun is not None:
                 self._settle(self._begun)
             self._start()
-        if self._kept is not None:
-            moved = [batch for batch in self._now.skipped if batch.ran is not None and batch.ran.modes is not None]
-            self._kept += [batch.content for batch in (*batches, *sorted(moved, key=lambda batch: batch.place))]
         self._taken = self._notes.note(self._count, batches, self._now.skipped)
         if not self._stepped:
-            self._backwards.watch(self._params, self._taken.fields["without_grad"])
+            self._backwards.watch(self._params, self._taken.without_grad)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._taken is not None
-        self._steps.append(self._taken)
+        assert self._segments is not None
+        self._segments.add(self._taken)
         self._taken, self._now, self._stepped = None, Gathered(), True
         self._count += 1
-        if self._count % self._given.checkpoint_every == 0:
-            assert self._writer is not None
-            self._flush(self._capture() if self._writer.thinning.due(self._count) else None)
-            if self._given.resume and self._count in self._writer.thinning.kept:
-                self._due = self._count
-
-    def _flush(self, state: State | None) -> None:
-        assert self._writer is not None
-        if self._steps:
-            self._writer.flush(self._notes.segment(self._steps), state, self._kept)
-            self._steps = []
-            self._kept = None if self._kept is None else []
-        elif state is not None and state.step not in self._writer.thinning.kept:
-            self._writer.keep(state)
+        ends = self._count % self._given.checkpoint_every == 0
+        if ends and self._segments.begin(self._count, self._capture) and self._given.resume:
+            self._due = self._count
 
     def _capture(self) -> State:
         random = RandomState.capture(self._device)
