@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def test_the_training_goes_on_while_a_segment_is_written(tmp_path: Path, monkeyp
     def waiting(handle: int) -> None:
         if threading.current_thread() is not threading.main_thread():
             assert go.wait(20)
+            time.sleep(0.02)
         synchronise(handle)
 
     model, loader, lines = make_model(), make_loader(), []
