@@ -287,9 +287,9 @@ def _sweep_block(
     common = (adjoint, min(plan.block, chosen.stop - chosen.start), scores.add, watch)
     if isinstance(engine, ScaledEngine):
         watch.begin(direction_of(adjoint, sweep.optimizer))
-        hessian_free_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
+        hessian_free_sweep(moments.stretches(), sweep.objective, sweep.optimizer, engine, *common)
     else:
         watch.begin(adjoint)
-        reverse_sweep(moments, sweep.objective, sweep.optimizer, engine, *common)
+        reverse_sweep(moments.stretches(), sweep.objective, sweep.optimizer, engine, *common)
     watch.drifted(moments.drift)
     return scores.close(chosen)

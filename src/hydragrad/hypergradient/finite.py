@@ -6,6 +6,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+_GATHERED = 64
+"""Looks after which what they saw is put together: each is a number a tensor, kept where the tensor is."""
 _LARGE = 2**16
 """Numbers from which on a CPU one call a tensor costs less: the joint one takes twelve times as long a number."""
 
@@ -14,32 +16,33 @@ _LARGE = 2**16
 class FirstBad:
     """Looks at blocks of vectors, one a parameter of ``names``, after every step of a sweep.
 
-    One pass over them a step; the answer stays on their device until it is asked for. Example:
+    One pass over them a step; what it found is gathered when it is asked for, or is much. Example:
     ``bad = FirstBad(["w"]); bad.see(7, [torch.tensor([float("nan")])]); bad.first()`` is ``(7, ["w"])``.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(names)
-        self._steps: list[int] = []
-        self._at: Tensor | None = None  # the place in `_steps` of each parameter's first bad step
+        self._seen: list[tuple[int, Sequence[Tensor]]] = []
+        self._found: tuple[int, list[str]] | None = None
 
     def see(self, step: int, tensors: Sequence[Tensor]) -> None:
         """After step ``step`` the tensors are these. Their largest numbers tell."""
-        given = [x if x.numel() else x.new_zeros(1) for x in tensors]
-        good = torch.stack([x.double() for x in _largest(given)]).isfinite()
-        if self._at is None:
-            self._at = torch.full((len(good),), -1, device=good.device)
-        self._at = torch.where(good | (self._at >= 0), self._at, len(self._steps))
-        self._steps.append(step)
+        if self._found is None:
+            self._seen.append((step, _largest([x if x.numel() else x.new_zeros(1) for x in tensors])))
+            if len(self._seen) == _GATHERED:
+                self.first()
 
     def first(self) -> tuple[int, list[str]] | None:
         """The first step after which some were not finite, and their names. Waits for the device."""
-        places = [] if self._at is None else self._at.tolist()
-        bad = [place for place in places if place >= 0]
-        if not bad:
-            return None
-        names = [name for name, place in zip(self._names, places, strict=False) if place == min(bad)]
-        return self._steps[min(bad)], names
+        if self._seen and self._found is None:
+            good = torch.stack([x.double() for _, largest in self._seen for x in largest]).isfinite()
+            for (step, _), row in zip(self._seen, good.view(len(self._seen), -1).tolist(), strict=True):
+                if not all(row):
+                    names = [name for name, fine in zip(self._names, row, strict=False) if not fine]
+                    self._found = step, names
+                    break
+            self._seen.clear()
+        return self._found
 
 
 def _largest(tensors: list[Tensor]) -> Sequence[Tensor]:

@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 from hydragrad.hypergradient.combining import combine, reuse_memory
 from hydragrad.hypergradient.pooling import rewrite_pooling
-from hydragrad.hypergradient.simplify import changes_in_place, value_of
+from hydragrad.hypergradient.simplify import changes_in_place, key_of, value_of
 
 aten = torch.ops.aten
 
@@ -81,6 +81,7 @@ class _Combining:
         self.graph, self.varying = graph, varying
         self.forms: dict[Node, list[Term]] = {}
         self.products: dict[tuple[Node, ...], Node] = {}
+        self.made: dict[Any, Node] = {}
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -252,6 +253,13 @@ class _Combining:
         return self.products[key]
 
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: Any = None) -> Node:
+        """A new node, or the one that was made for the same call before."""
+        key = key_of(target, args, dict(kwargs or {}))
+        if key not in self.made:
+            self.made[key] = self._new(target, args, kwargs)
+        return self.made[key]
+
+    def _new(self, target: Any, args: tuple[Any, ...], kwargs: Any) -> Node:
         node = self.graph.call_function(target, args, dict(kwargs or {}))
         values = map_arg((args, dict(kwargs or {})), _shadow)
         with torch.no_grad():

@@ -177,9 +177,9 @@ class Rehearsal:
 
         common = (adjoint, min(self._chosen.block, queries), sink, watch)
         if isinstance(engine, ScaledEngine):
-            hessian_free_sweep(revisited(), sweep.objective, sweep.optimizer, engine, *common)
+            hessian_free_sweep([revisited()], sweep.objective, sweep.optimizer, engine, *common)
         else:
-            reverse_sweep(revisited(), sweep.objective, sweep.optimizer, engine, *common)
+            reverse_sweep([revisited()], sweep.objective, sweep.optimizer, engine, *common)
         laps.extend(b - a for a, b in itertools.pairwise(marks))
         held = [*adjoint.lam, *adjoint.bet, *(x for slots in adjoint.sig for x in slots.values()), scores]
         return sum(x.nbytes for x in held)

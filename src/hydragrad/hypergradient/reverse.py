@@ -78,7 +78,7 @@ def pull_update(adjoint: Adjoint, linearizations: Sequence[Linearization | None]
 
 
 def reverse_sweep(
-    moments: Iterable[Moment],
+    stretches: Iterable[Iterable[Moment]],
     objective: Objective,
     optimizer: OptimizerMap,
     engine: Engine,
@@ -87,19 +87,21 @@ def reverse_sweep(
     sink: Sink,
     watch: Callable[[int, Adjoint], None],
 ) -> Adjoint:
-    """Carry ``adjoint`` back over ``moments``, adding every example's terms to ``sink``; the adjoint at step 0.
+    """Carry ``adjoint`` back over the moments, adding every example's terms to ``sink``; the adjoint at step 0.
 
         lam_t = lam~ + C_t gam + (dV/dw)^T bet,    bet_t = (dg/dv)^T gam + (dV/dv)^T bet
 
     Micro-batches pass the buffers on from one to the next, so they are taken last to first. All queries share the
     replayed step; ``block`` of them at a time go through the update and the engine while they are in the cache.
-    ``watch(t, adjoint)`` sees every step.
+    ``watch(t, adjoint)`` sees every step. Moments come in ``stretches``, between which a replay may run, by the
+    kernels of training, not those of derivatives.
     """
     gam = [torch.zeros_like(x[: min(block, len(adjoint))]) for x in adjoint.lam]
-    for moment in moments:  # the replay between two steps runs the kernels of training, not those of derivatives
+    for moments in stretches:
         with objective.differentiable():
-            _step_back(moment, objective, optimizer, engine, adjoint, gam, sink)
-        watch(moment.record.index, adjoint)
+            for moment in moments:
+                _step_back(moment, objective, optimizer, engine, adjoint, gam, sink)
+                watch(moment.record.index, adjoint)
     return adjoint
 
 
@@ -200,20 +202,26 @@ def direction_of(adjoint: Adjoint, optimizer: OptimizerMap) -> Direction:
     return Uniform(slots) if optimizer.update.linear else Elementwise(adjoint.lam, slots)
 
 
-def _clipped(
-    clipping: Clipping, scale: Sequence[Tensor | float], moment: Moment, names: Sequence[str]
-) -> Sequence[Tensor | float]:
-    """The factors of gam before clipping by value, which is elementwise, so that no number serves a whole parameter."""
+def _factors(moment: Moment, optimizer: OptimizerMap, direction: Direction) -> Sequence[Tensor | float]:
+    """The direction one step back; what makes gam of every query's lam_T, for each parameter.
+
+    Clipping by value is elementwise, so that behind it no number serves a whole parameter.
+    """
+    clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
+    params = moment.state.params
+    scale = direction.pull(
+        optimizer.linearize(params, moment.state.optimizer, clipping.clipped, moment.record.groups)
+    )
     if not moment.record.clips:
         return scale
-    params = moment.state.params
+    names = optimizer.names
     whole = [s if isinstance(s, Tensor) else torch.full_like(params[n], s) for n, s in zip(names, scale, strict=True)]
     clipping.pull_(whole)
     return whole
 
 
 def hessian_free_sweep(
-    moments: Iterable[Moment],
+    stretches: Iterable[Iterable[Moment]],
     objective: Objective,
     optimizer: OptimizerMap,
     engine: ScaledEngine,
@@ -229,16 +237,13 @@ def hessian_free_sweep(
     ``reverse_sweep``.
     """
     direction = direction_of(adjoint, optimizer)
-    for moment in moments:
+    for moments in stretches:
         with objective.differentiable():
-            clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
-            linearizations = optimizer.linearize(
-                moment.state.params, moment.state.optimizer, clipping.clipped, moment.record.groups
-            )
-            scale = _clipped(clipping, direction.pull(linearizations), moment, optimizer.names)
-            for ids, epoch, point in points_of(moment, objective):
-                for chosen, skip in blocks(len(adjoint), block):
-                    terms = engine.terms(point, scale, tuple(x[chosen] for x in adjoint.lam))
-                    sink(ids, slice(chosen.start + skip, chosen.stop), terms[skip:], epoch)
-        watch(moment.record.index, direction)
+            for moment in moments:
+                scale = _factors(moment, optimizer, direction)
+                for ids, epoch, point in points_of(moment, objective):
+                    for chosen, skip in blocks(len(adjoint), block):
+                        terms = engine.terms(point, scale, tuple(x[chosen] for x in adjoint.lam))
+                        sink(ids, slice(chosen.start + skip, chosen.stop), terms[skip:], epoch)
+                watch(moment.record.index, direction)
     return direction

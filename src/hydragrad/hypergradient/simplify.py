@@ -50,7 +50,7 @@ def simplified(module: GraphModule) -> GraphModule:
             continue
         same = _identity(node) or _sum_with_zero(node, zeros)
         if same is None:
-            same = seen.setdefault(_key(node), node) if _repeatable(node) else node
+            same = seen.setdefault(key_of(node.target, node.args, node.kwargs), node) if _repeatable(node) else node
         if same is not node:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
@@ -146,8 +146,9 @@ def _is_getitem(node: Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
 
 
-def _key(node: Node) -> Any:
-    return (node.target, _frozen(node.args), _frozen(node.kwargs))
+def key_of(target: Any, args: Any, kwargs: Any) -> Any:
+    """What two calls have in common that compute the same."""
+    return (target, _frozen(args), _frozen(kwargs))
 
 
 def _frozen(value: Any) -> Any:

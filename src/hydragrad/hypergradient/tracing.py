@@ -14,6 +14,7 @@ from hydragrad.hypergradient.agreement import close
 from hydragrad.hypergradient.curvature import Engine, Products
 from hydragrad.hypergradient.hoisting import Halves, halved
 from hydragrad.hypergradient.linear import combined, dependent
+from hydragrad.hypergradient.lowering import lowered
 from hydragrad.hypergradient.simplify import changes_in_place, draws_numbers, simplified
 from hydragrad.step.forms import form_of
 from hydragrad.step.objective import Point, Vectors
@@ -105,12 +106,12 @@ class TracedFunction:
         compiled = self.compile and not self._graphs  # only the usual form: compiling takes tens of seconds
         block = self._block(graph, inputs)
         if not block or changes_in_place(graph) or draws_numbers(graph):
-            return torch.compile(graph, dynamic=False) if compiled else graph.forward, forms[-1]
+            return torch.compile(graph, dynamic=False) if compiled else lowered(graph).forward, forms[-1]
         graph = graph if compiled else combined(graph, block)  # compiling fuses what the graph says one by one
         halves = halved(graph, dependent(graph.graph, block))
-        made = torch.compile(halves.block, dynamic=False) if compiled else halves.block.forward
+        made = torch.compile(halves.block, dynamic=False) if compiled else lowered(halves.block).forward
         # forward: what a module's call adds to it is a tenth of a small step
-        return replace(halves, point=halves.point.forward, block=made), forms[-1]
+        return replace(halves, point=lowered(halves.point).forward, block=made), forms[-1]
 
     def _block(self, graph: GraphModule, inputs: tuple[Any, ...]) -> list[Node]:
         """The placeholders that belong to the inputs that the function is linear in."""

@@ -87,6 +87,10 @@ class Backwards:
         """What the replay of the stretch at hand is compared with, until it has been."""
 
     def __iter__(self) -> Iterator[Moment]:
+        return itertools.chain.from_iterable(self.stretches())
+
+    def stretches(self) -> Iterator[Iterator[Moment]]:
+        """The same, those together that one replay made: it is over when they come, and the next one waits for them."""
         marks = [t for t in self.trajectory.checkpoints if t < self.stop]
         following: State | None = None
         home = self.trajectory.folder if self.schedule.on_disk and isinstance(self.trajectory, Trajectory) else None
@@ -104,7 +108,7 @@ class Backwards:
                 following = state
                 del state
 
-    def _spilled(self, start: int, pieces: list[int], spill: Spill) -> Iterator[Moment]:
+    def _spilled(self, start: int, pieces: list[int], spill: Spill) -> Iterator[Iterator[Moment]]:
         """A stretch in pieces: the states between them go to disk in a first pass, and are taken back in turn."""
         self.replayer.restore(self.trajectory.state(start))
         marks = list(itertools.accumulate(pieces, initial=start))
@@ -118,7 +122,7 @@ class Backwards:
             else:
                 yield from self._stretch(self.trajectory.state(start) if mark == start else spill.take(mark), stop)
 
-    def _stretch(self, state: State, stop: int) -> Iterator[Moment]:
+    def _stretch(self, state: State, stop: int) -> Iterator[Iterator[Moment]]:
         """Steps ``stop - 1 .. state.step``: cut where they are too many, the later part first."""
         waiting: list[tuple[State, int]] = [(state, stop)]  # parts by their first state, the later ones on top
         while waiting:
@@ -133,10 +137,11 @@ class Backwards:
                     self._advance(t, compare=self._compare)
                 waiting.append((state, state.step + first))
                 state, slots, at_start = self.replayer.state(), slots - 1, True
-            yield from self._part(state, stop)
+            yield self._part(state, stop)
+            del state
 
     def _part(self, state: State, stop: int) -> Iterator[Moment]:
-        """The steps of which every state is kept."""
+        """The steps of which every state is kept, once they are replayed."""
         end, self._end = self._end, None
         moments = self._replayed(state, stop, compare=self._compare or (end is None and not self._verified))
         del state
@@ -149,6 +154,11 @@ class Backwards:
                 first = moments[0][0]
                 self._compared(first.step)
                 moments = self._replayed(first, stop, compare=True)
+                del first
+        return self._handed_out(moments)
+
+    def _handed_out(self, moments: list[_Revisited]) -> Iterator[Moment]:
+        """The last first, each forgotten when the next is asked for."""
         while moments:
             before, gradient, random = moments.pop()
             record = self.trajectory.steps[before.step]
