@@ -131,6 +131,13 @@ def test_the_first_bad_tensor_is_named_whatever_follows(bad: float, width: int) 
     assert seen.first() == (8, ["b"])
 
 
+def test_numbers_are_looked_at_as_tensors_are_however_many_looks_there_were() -> None:
+    seen = FirstBad(["a", "b"])
+    for step in range(200, 100, -1):
+        seen.see(step, [1.0, float("inf") if step <= 150 else 1e300])
+    assert seen.first() == (150, ["b"])
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 @pytest.mark.parametrize("method", ["exact", "gauss-newton", "hessian-free"])
 def test_an_adjoint_that_is_not_finite_is_named_with_its_first_step(

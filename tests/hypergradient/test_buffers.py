@@ -126,7 +126,9 @@ def sweep_with(engine: Engine, sweep: Sweep, problem: Case) -> Tensor:
 
     moments = Backwards(sweep.replayer, sweep.run.trajectory, sweep.stop, 100)
     with sweep.objective.differentiable():
-        reverse_sweep(moments.stretches(), sweep.objective, sweep.optimizer, engine, adjoint, 3, sink, lambda t, a: None)
+        reverse_sweep(
+            moments.stretches(), sweep.objective, sweep.optimizer, engine, adjoint, 3, sink, lambda t, a: None
+        )
     return scores
 
 

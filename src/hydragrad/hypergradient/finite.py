@@ -22,20 +22,22 @@ class FirstBad:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(names)
-        self._seen: list[tuple[int, Sequence[Tensor]]] = []
+        self._seen: list[tuple[int, Sequence[Tensor | float]]] = []
         self._found: tuple[int, list[str]] | None = None
 
-    def see(self, step: int, tensors: Sequence[Tensor]) -> None:
-        """After step ``step`` the tensors are these. Their largest numbers tell."""
+    def see(self, step: int, parts: Sequence[Tensor | float]) -> None:
+        """After step ``step`` the tensors (or numbers) are these. Their largest numbers tell."""
         if self._found is None:
-            self._seen.append((step, _largest([x if x.numel() else x.new_zeros(1) for x in tensors])))
+            tensors = [x if x.numel() else x.new_zeros(1) for x in parts if isinstance(x, Tensor)]
+            self._seen.append((step, _largest(tensors) if tensors else parts))
             if len(self._seen) == _GATHERED:
                 self.first()
 
     def first(self) -> tuple[int, list[str]] | None:
         """The first step after which some were not finite, and their names. Waits for the device."""
         if self._seen and self._found is None:
-            good = torch.stack([x.double() for _, largest in self._seen for x in largest]).isfinite()
+            largest = [x for _, some in self._seen for x in some]
+            good = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in largest]).isfinite()
             for (step, _), row in zip(self._seen, good.view(len(self._seen), -1).tolist(), strict=True):
                 if not all(row):
                     names = [name for name, fine in zip(self._names, row, strict=False) if not fine]

@@ -148,8 +148,8 @@ class Direction(abc.ABC):
         """The direction's norm, [1]."""
 
     @abc.abstractmethod
-    def parts(self) -> Sequence[Tensor]:
-        """What must stay finite, a tensor for each parameter."""
+    def parts(self) -> Sequence[Tensor | float]:
+        """What must stay finite, for each parameter."""
 
 
 @final
@@ -173,8 +173,8 @@ class Uniform(Direction):
     def norms(self) -> Tensor:
         return torch.tensor([math.hypot(*self.lam)], dtype=torch.float64)
 
-    def parts(self) -> Sequence[Tensor]:
-        return torch.tensor(self.lam, dtype=torch.float64).unbind()
+    def parts(self) -> Sequence[float]:
+        return list(self.lam)
 
 
 @final
@@ -209,9 +209,7 @@ def _factors(moment: Moment, optimizer: OptimizerMap, direction: Direction) -> S
     """
     clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
     params = moment.state.params
-    scale = direction.pull(
-        optimizer.linearize(params, moment.state.optimizer, clipping.clipped, moment.record.groups)
-    )
+    scale = direction.pull(optimizer.linearize(params, moment.state.optimizer, clipping.clipped, moment.record.groups))
     if not moment.record.clips:
         return scale
     names = optimizer.names

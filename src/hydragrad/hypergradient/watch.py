@@ -16,7 +16,7 @@ _LOOKED_AT_ALWAYS = 2**21
 
 def looked_at_always(adjoint: Adjoint | Direction) -> bool:
     """Whether it is small enough to be looked at after every step."""
-    return sum(x.numel() for x in adjoint.parts()) <= _LOOKED_AT_ALWAYS
+    return sum(x.numel() for x in adjoint.parts() if isinstance(x, Tensor)) <= _LOOKED_AT_ALWAYS
 
 
 @final

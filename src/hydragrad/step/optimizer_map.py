@@ -65,7 +65,7 @@ class OptimizerMap:
         alike: dict[tuple, list[str]] = {}
         for name in self.names:
             if name in gradient:
-                scalars = tuple(sorted(self.update.scalars(states.get(name, {})).items()))
+                scalars = tuple(self.update.scalars(states.get(name, {})).items())
                 alike.setdefault((self.group_of[name], scalars, params[name].dtype), []).append(name)
         return alike
 

@@ -9,6 +9,7 @@ import abc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, final
 
 import torch
@@ -51,8 +52,8 @@ class Linearization:
         Blocks are large, and what bounds a sweep is passes over memory: with numbers for coefficients (SGD) nothing
         is allocated.
         """
-        numbers = {pair: c for pair, c in self.coefficients.items() if isinstance(c, float)}
-        if len(numbers) < len(self.coefficients) or len(self.slots) > 1:
+        numbers = self._numbers
+        if numbers is None or len(self.slots) > 1:
             new_lam, new_sig, new_gam = self.vjp(lam, sig)
             lam.copy_(new_lam)
             gam.copy_(new_gam)
@@ -65,8 +66,7 @@ class Linearization:
             return
         (slot,) = self.slots
         s = sig[slot]
-        plain = numbers["w", "w"] == 1.0 and not numbers[slot, "w"]
-        if plain and numbers[slot, "g"] == 1.0 and _close(numbers["w", slot], numbers[slot, slot] * numbers["w", "g"]):
+        if self._heavy_ball:
             torch.add(s, lam, alpha=numbers["w", "g"], out=gam)  # the momentum saw what the gradient saw
             torch.mul(gam, numbers[slot, slot], out=s)
             return
@@ -78,6 +78,20 @@ class Linearization:
         _scale_(lam, numbers["w", "w"])
         if into_w is not None:
             lam.add_(into_w)
+
+    @cached_property
+    def _numbers(self) -> dict[tuple[str, str], float] | None:
+        """The coefficients, if all are numbers."""
+        numbers = {pair: c for pair, c in self.coefficients.items() if isinstance(c, float)}
+        return numbers if len(numbers) == len(self.coefficients) else None
+
+    @cached_property
+    def _heavy_ball(self) -> bool:
+        """SGD with undampened momentum and nothing else: s' = a s + g, w' = w - lr s'."""
+        numbers, (slot,) = self._numbers, self.slots
+        assert numbers is not None
+        plain = numbers["w", "w"] == 1.0 and not numbers[slot, "w"] and numbers[slot, "g"] == 1.0
+        return plain and _close(numbers["w", slot], numbers[slot, slot] * numbers["w", "g"])
 
     def pull_numbers(self, lam: float, sig: Mapping[str, float]) -> tuple[float, dict[str, float], float]:
         """``vjp`` of numbers, where the coefficients are numbers too (a linear update)."""
