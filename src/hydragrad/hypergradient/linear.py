@@ -97,8 +97,8 @@ class _Combining:
                         self._compute(source)
             else:
                 self.forms[node] = form
-        self.graph.eliminate_dead_code()
         _sort(self.graph)
+        self.graph.eliminate_dead_code()
 
     # ---- what a node is, as a sum of terms
 
