@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 import hydragrad as hg
 from comparison.exchange import Folder
@@ -26,8 +27,10 @@ from hydragrad import baselines
 from hydragrad.report.bootstrap import mean_interval
 from hydragrad.smoothing import removals
 
-SEEDS = {"digits-sgd": (0,), "digits-adamw": (0,), "breast-cancer": (0, 1)}
+SEEDS = {"digits-sgd": (0, 1, 2), "digits-adamw": (0, 1, 2), "breast-cancer": (0, 1), "fashion-lenet-500": (0,)}
 REMOVED, SUBSETS = 40, 48
+EPOCHS = 4
+"""The ends of the last epochs, the run's own with them, whose scores are averaged."""
 Tensors = dict[str, Tensor]
 
 
@@ -67,9 +70,22 @@ KINDS: dict[str, tuple[str, Callable[[int, int], Tensor]]] = {
     "four halves and their complements": ("exact", _halves),
     "normal weights, 0.3": ("exact", _normal),
 }
-FEW = ("smoothed, f = 0.1", "smoothed, f = 0.3", "gauss-newton smoothed, f = 0.1")
+FEW = ("smoothed, f = 0.1", "smoothed, f = 0.05", "gauss-newton smoothed, f = 0.1", "smoothed, f = 0.3")
 """What a task of minutes is swept for; all kinds where it takes seconds."""
-USUAL: dict[str, tuple[str, ...]] = {"digits-sgd": FEW, "digits-adamw": FEW}
+USUAL: dict[str, tuple[str, ...]] = {"digits-sgd": FEW, "digits-adamw": FEW, "fashion-lenet-500": FEW[:2]}
+
+
+def _first(spec: Spec, examples: int) -> Spec:
+    """The task with its first examples alone: one that a sweep takes a minute for."""
+
+    def sets(queries: int) -> tuple[TensorDataset, TensorDataset] | None:
+        found = spec.sets(queries)
+        return found and (TensorDataset(*(x[:examples] for x in found[0].tensors)), found[1])
+
+    return replace(spec, name=f"{spec.name}-{examples}", sets=sets)
+
+
+SPECS = {**TASKS, "fashion-lenet-500": _first(TASKS["fashion-lenet"], 500)}
 
 
 class Answers:
@@ -99,8 +115,14 @@ def gather(spec: Spec, seed: int, answers: Answers, kinds: Sequence[str]) -> Ten
         for name in ("ids", "weights", "changes"):
             answers.get(f"truth/{name}", lambda name=name: truth_of(folder, spec)[name])
 
-        def scores(method: str, weights: Tensor | None) -> Tensor:
-            given: dict[str, Any] = {"check": False, "progress": False, "compile": False, "weights": weights}
+        def scores(method: str, weights: Tensor | None, step: int | None = None) -> Tensor:
+            given: dict[str, Any] = {
+                "check": False,
+                "progress": False,
+                "compile": False,
+                "weights": weights,
+                "step": step,
+            }
             each = hg.attribute(run, folder.queries, method=method, by_epoch=True, **given).values.double()
             # every example is seen once an epoch: its terms are its epochs' scores; the last row holds the sizes
             return torch.cat([each.sum(0), each.square().sum((0, 1)).sqrt()[None]])
@@ -108,7 +130,10 @@ def gather(spec: Spec, seed: int, answers: Answers, kinds: Sequence[str]) -> Ten
         influence = lambda: baselines.influence(run, folder.queries, iterations=20, curvature="gauss-newton")  # noqa: E731
         answers.get("influence-cg, gauss-newton", lambda: influence().values)
         for method in ("exact", "gauss-newton"):
-            answers.get(method, lambda method=method: scores(method, None)[:-1])
+            an_epoch = run.num_steps // spec.epochs
+            for back in range(EPOCHS):
+                step = run.num_steps - back * an_epoch
+                answers.get(f"{method}, epochs/{back}", lambda m=method, t=step: scores(m, None, t))
         for kind in kinds:
             method, draw = KINDS[kind]
             for number, weights in enumerate(draw(run.num_examples, seed)):
@@ -124,8 +149,12 @@ def mean(runs: Tensor, *, sized: bool = True) -> Tensor:
 
 def candidates(held: Tensors) -> Iterator[tuple[str, Tensor]]:
     """Every way to scores, by name."""
-    for name in ("exact", "gauss-newton", "influence-cg, gauss-newton"):
-        yield name, held[name].double()
+    for name in ("exact", "gauss-newton"):
+        last = [held[f"{name}, epochs/{back}"] for back in range(EPOCHS)]
+        yield name, last[0][:-1]
+        yield f"{name}, last {EPOCHS} epochs' ends", mean(torch.stack(last))
+        yield f"{name}, last {EPOCHS} epochs' ends, plain mean", mean(torch.stack(last), sized=False)
+    yield "influence-cg, gauss-newton", held["influence-cg, gauss-newton"].double()
     for kind, (_, draw) in KINDS.items():
         most = len(draw(1000, 0))
         found = [held[f"{kind}/{n}"] for n in range(most) if f"{kind}/{n}" in held]
@@ -163,14 +192,14 @@ def table(rows: dict[str, list[dict[str, list[float]]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench-output/smoothing"))
-    parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=list(SEEDS))
+    parser.add_argument("--tasks", nargs="+", choices=sorted(SPECS), default=list(SEEDS))
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--only", nargs="*", choices=sorted(KINDS), help="kinds of runs to sweep")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, dict[str, list[dict[str, list[float]]]]] = {}
     for name in options.tasks:
-        spec = replace(TASKS[name], removed=REMOVED, subsets=SUBSETS)
+        spec = replace(SPECS[name], removed=REMOVED, subsets=SUBSETS)
         rows: dict[str, list[dict[str, list[float]]]] = {}
         for seed in options.seeds or SEEDS.get(name, (0,)):
             kinds = options.only or USUAL.get(name, tuple(KINDS))

@@ -8,12 +8,15 @@ from cleanlab.rank import get_label_quality_scores
 from comparison.exchange import Answer, Folder, work
 
 _FOLDS = 5
+_SEED = 7000
+"""Beside the task's: labels are flipped in the order that the task's own seed draws, and folds drawn in the same order
+put all wrong labels into the first, where the model that judges them has seen none."""
 
 
 def self_confidence(folder: Folder) -> Answer:
     folder.probabilities()
     inputs, labels = folder.train.tensors
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_SEED + folder.about.seed))
     probabilities = torch.empty(len(labels), folder.about.classes, dtype=torch.float64)
     for fold in order.tensor_split(_FOLDS):
         kept = torch.ones(len(labels), dtype=torch.bool)
