@@ -33,11 +33,16 @@ def _baseline(method: Callable[..., hg.Attribution], **settings: object) -> Call
     return scored
 
 
-def _suspects(folder: Folder) -> Answer:
-    if not folder.about.classes:
-        raise UnfitError("compares labels, and there are none")
-    found = hg.mislabels(open_run(folder), progress=False)
-    return Answer(signal=found.score, note=f"the default of hydragrad.mislabels: {found.signal}")
+def _suspects(signal: str | None) -> Callable[[Folder], Answer]:
+    def suspected(folder: Folder) -> Answer:
+        if not folder.about.classes:
+            raise UnfitError("compares labels, and there are none")
+        found = hg.mislabels(open_run(folder), signal=signal, progress=False)
+        return Answer(
+            signal=found.score, note=f"hydragrad.mislabels: {found.signal}{'' if signal else ', the default'}"
+        )
+
+    return suspected
 
 
 def _signal(method: Callable[..., object], **settings: object) -> Callable[[Folder], Answer]:
@@ -56,10 +61,11 @@ HYPERGRADIENTS: Methods = {
     "hessian-free": _attributed("hessian-free"),
 }
 SIGNALS: Methods = {
-    "el2n": _suspects,
+    "el2n": _suspects(None),
+    "ensemble": _suspects("ensemble"),
     "mean-loss": _signal(mean_losses),
 }
-"""Read off the recorded run."""
+"""Read off the recorded run; `ensemble` and four trainings on halves of the data."""
 BASELINES: Methods = {
     "influence-cg": _baseline(baselines.influence, iterations=20),
     "influence-cg-gn": _baseline(baselines.influence, iterations=20, curvature="gauss-newton"),

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, how it refuses."""
 
+import csv
 import os
 import sys
 from collections.abc import Iterator
@@ -165,6 +166,13 @@ def test_mislabels_shows_and_saves_what_the_library_finds(trained: Path, folder:
     assert float(saved[1].split(",")[1]) == found.top(1)[0].score
     by_class = run("mislabels", str(trained), "-t", TASK, "--signal", "harm").output
     assert "the most suspicious first, by harm" in by_class
+    given = ("--signal", "ensemble", "--replays", "2", "--resume", "kept", "--out", "ensemble.csv")
+    assert "the most suspicious first, by ensemble" in run("mislabels", str(trained), "-t", TASK, *given).output
+    assert len(list(Path("kept").glob("*.safetensors"))) == 2
+    loaded = resolve_task(TASK).load(trained)
+    expected = hg.mislabels(loaded, signal="ensemble", replays=2, jobs=1, progress=False).top(1)[0]
+    with open("ensemble.csv") as file:
+        assert float(next(csv.DictReader(file))["signal_ensemble"]) == expected.score
 
 
 def test_report_shows_what_was_saved(trained: Path) -> None:

@@ -56,6 +56,7 @@ def test_signals_are_what_they_are_defined_to_be(found: hg.Suspects, models: lis
         "el2n": (p - target).norm(dim=2).mean(0),
         "margin": (rival - own).mean(0),
         "doubt": 1 - own.mean(0),
+        "late": 1 - own[1:].mean(0),  # of steps 4, 8 and 10 the last two are in the second half
     }
     for name, expected in by_hand.items():
         assert_close(found.signals[name], expected, {torch.float32: 1e-5})
@@ -311,7 +312,7 @@ def test_one_label_everywhere_and_too_many(tmp_path: Path) -> None:
 
 def test_what_is_not_finite_is_refused(run: hg.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = torch.full((22,), math.nan)
-    broken = Candidates(nothing, *(torch.ones(22, CLASSES) for _ in range(2)), *(torch.ones(22) for _ in range(2)))
+    broken = Candidates(nothing, *(torch.ones(22, CLASSES) for _ in range(2)), *(torch.ones(22) for _ in range(3)))
     monkeypatch.setattr("hydragrad.suspecting.candidate_labels", lambda *given, **options: broken)
     with pytest.raises(hg.NonFiniteError, match="signal 'loss' is not finite"):
         hg.mislabels(run, **QUIET)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -16,9 +17,10 @@ from hydragrad.report.measures import average_ranks
 from hydragrad.run import Run
 from hydragrad.signals.along import MOST, Candidates, candidate_labels, mean_losses, self_influence
 from hydragrad.signals.by_scores import cluster_harm, harm, harm_to_own_class
+from hydragrad.signals.ensembles import REPLAYS, ensemble_errors
 from hydragrad.suspects import Suspects
 
-OF_LABELS = ("el2n", "margin", "doubt", "combined")
+OF_LABELS = ("el2n", "margin", "doubt", "late", "combined", "ensemble")
 OF_SCORES = ("harm", "class", "cluster")
 _MOST_CLASSES = 100
 """More distinct labels than these are only tried if they are given: each costs a loss an example and state."""
@@ -34,18 +36,24 @@ def mislabels(
     relabel: Relabel = with_label,
     states: int = MOST,
     method: str = "exact",
+    replays: int = REPLAYS,
+    seed: int = 0,
+    jobs: int | None = None,
+    resume: str | Path | None = None,
     progress: bool = True,
 ) -> Suspects:
     """Rank the training examples by how suspicious their labels are, and suggest the labels that fit better.
 
-    Everything is read off the recorded run: averages over at most ``states`` stored states, the untrained one left
-    out, in evaluation mode. p_i is the softmax over the labels c of minus the loss that example i has with label c
+    All but "ensemble" is read off the recorded run: averages over at most ``states`` stored states, the untrained one
+    left out, in evaluation mode. p_i is the softmax over the labels c of minus the loss that example i has with label c
     (for cross entropy: the model's probabilities), y_i its own label. ``signal``:
 
     - "el2n" (default): ||p_i - onehot(y_i)||, averaged; the evidence for it is in docs/mislabels.md;
     - "margin": max over c != y_i of p_i(c) minus p_i(y_i), averaged;
-    - "doubt": 1 - p_i(y_i), averaged;
-    - "combined": the mean of these three's ranks, in (0, 1];
+    - "doubt": 1 - p_i(y_i), averaged; "late": over the states in the second half of the run alone;
+    - "combined": the mean of the ranks by el2n, margin and doubt, in (0, 1];
+    - "ensemble": "late" plus ||p_i - onehot(y_i)|| at the end of ``replays`` (4), averaged: trainings without a random
+      half of the examples each, the losses of the others doubled; in complementary pairs, drawn under ``seed``;
     - "loss" (default where no labels can be tried: regression, tokens): the training loss, averaged;
     - "self": ||grad loss_i||^2, averaged;
     - "harm": to the mean of the ``clean`` queries (a data set, or their Attribution by any method);
@@ -53,8 +61,9 @@ def mislabels(
     - "cluster": contribution vectors to ``clean`` queries in k-means clusters, the most harmful cluster first.
 
     Labels are the last part of (input, integer) samples. Otherwise give ``relabel(sample, label) -> sample``,
-    ``labels`` [N] and ``classes`` (default: the labels that occur). ``method``: of the scores computed here. The
-    suggestion is the label with the smallest average loss, its confidence the average softmax.
+    ``labels`` [N] and ``classes`` (default: the labels that occur). ``method``: of the scores computed here; ``jobs``
+    and ``resume``: of the replays, as in ``validate``. The suggestion is the label with the smallest average loss, its
+    confidence the average softmax.
     Raises MismatchError, UnsupportedError, NonFiniteError.
 
     Example: ``hydragrad.mislabels(run).top(20)``.
@@ -82,8 +91,13 @@ def mislabels(
         signals["loss"] = tried.loss
         three = {"el2n": tried.el2n, "margin": tried.margin, "doubt": doubt}
         signals |= three
+        signals["late"] = tried.late
         signals["combined"] = torch.stack([average_ranks(x) for x in three.values()]).mean(0) / run.num_examples
         found |= _suggestions(tried, known)
+        if chosen == "ensemble":
+            options = {"seed": seed, "jobs": jobs, "resume": resume, "progress": progress}
+            errors = ensemble_errors(run, known.classes, known.places, relabel, replays, **options)
+            signals["ensemble"] = tried.late + errors
     else:
         signals["loss"] = mean_losses(run, states)
     if chosen == "self":

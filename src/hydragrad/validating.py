@@ -1,6 +1,5 @@
 """The verb: choose changes, retrain under them, compare with what the scores predicted."""
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,19 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hydragrad.attribution import Attribution
-from hydragrad.errors import MismatchError, NonFiniteError, UnsupportedError, message
+from hydragrad.errors import MismatchError, UnsupportedError, message
 from hydragrad.fitting import columns_of, groups_of
 from hydragrad.labels import Relabel, with_label
 from hydragrad.retraining import designs
+from hydragrad.retraining.carrying import carried_out
 from hydragrad.retraining.counterfactual import Change
 from hydragrad.retraining.designs import COUNTS, METRICS, SIZES, Design, Rows
-from hydragrad.retraining.ledger import Ledger
 from hydragrad.retraining.measuring import Outcome, Question, Retrainer
-from hydragrad.retraining.planning import RetrainingPlan, plan_changes
-from hydragrad.retraining.pool import default_threads, outcomes, workers
+from hydragrad.retraining.planning import RetrainingPlan
 from hydragrad.run import Run
 from hydragrad.suspecting import mislabels
 from hydragrad.validation import Validation
@@ -85,8 +82,9 @@ def validate(
     retrainer = Retrainer(question, run)
     options = {"fraction": fraction, "choice": choice, "sizes": sizes, "targets": targets, "weight": weight}
     design = _designed(run, scores, rows, metric, n, seed, labels=labels, relabel=relabel, **options)
-    done, plan, bitwise = _carried_out(retrainer, design, jobs, resume, on_plan, progress)
-    return _answer(scores, metric, design, done, plan, bitwise, seed, time.perf_counter() - began)
+    changes = [Change(), *design.changes]  # the first: as trained
+    done, plan = carried_out(retrainer, changes, jobs, resume, on_plan, progress)
+    return _answer(scores, metric, design, done, plan, seed, time.perf_counter() - began)
 
 
 def _designed(
@@ -128,7 +126,6 @@ def _answer(
     design: Design,
     done: list[Outcome],
     plan: RetrainingPlan,
-    bitwise: bool,
     seed: int,
     seconds: float,
 ) -> Validation:
@@ -148,49 +145,10 @@ def _answer(
         seed=seed,
         seconds=seconds,
         threads=plan.threads,
-        bitwise=bitwise,
+        bitwise=done[0].bitwise,
         plan=str(plan),
         run=scores.run,
     )
-
-
-def _carried_out(
-    retrainer: Retrainer,
-    design: Design,
-    jobs: int | None,
-    resume: str | Path | None,
-    on_plan: Callable[[RetrainingPlan], None] | None,
-    progress: bool,
-) -> tuple[list[Outcome], RetrainingPlan, bool]:
-    """The outcomes as trained and of every change, in order; the plan; whether replay gives the record's bits."""
-    side_by_side, threads = workers(jobs), default_threads(jobs)
-    ledger = None if resume is None else Ledger(resume, retrainer, threads)
-    threads = threads if ledger is None else ledger.threads
-    changes = [Change(), *design.changes]
-    done = {k: kept for k, change in enumerate(changes) if ledger and (kept := ledger.get(change)) is not None}
-    missing = [(k, change) for k, change in enumerate(changes) if k not in done]
-    plan = plan_changes(retrainer, [change for _, change in missing], len(done), side_by_side, threads)
-    if on_plan is not None:
-        on_plan(plan)
-    elif progress:
-        tqdm.write(f"plan: {plan}", file=sys.stderr)
-    bar = tqdm(total=len(changes), initial=len(done), desc="retraining", unit="run", disable=not progress)
-    with bar:
-
-        def carry_out(numbered: list[tuple[int, Change]], early: bool) -> None:
-            for k, outcome in outcomes(retrainer, numbered, jobs=jobs, threads=threads, early=early):
-                done[k] = outcome
-                if ledger is not None:
-                    ledger.put(changes[k], outcome)
-                bar.update()
-
-        carry_out([(k, change) for k, change in missing if k == 0], early=True)
-        if not bool(done[0].values.isfinite().all()):
-            raise NonFiniteError(
-                message("the model as trained has no finite measurements", cause="a diverged run, or a query with NaN")
-            )
-        carry_out([(k, change) for k, change in missing if k != 0], early=done[0].bitwise)
-    return [done[k] for k in range(len(changes))], plan, done[0].bitwise
 
 
 def _targets(scores: Attribution, rows: Rows, targets: Sequence[int] | None) -> list[tuple[int | None, Tensor]]:

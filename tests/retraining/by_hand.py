@@ -10,9 +10,14 @@ from tests.trajectory.loops import losses, sgd
 
 
 def trained_again(
-    task: hg.Task, run: hg.Run, ids: Sequence[int] = (), weight: float = 0.0, labels: Tensor | None = None
+    task: hg.Task,
+    run: hg.Run,
+    ids: Sequence[int] = (),
+    weight: float = 0.0,
+    labels: Tensor | None = None,
+    others: float = 1.0,
 ) -> torch.nn.Module:
-    """The loop with the losses of ``ids`` at ``weight``, on other ``labels`` if given."""
+    """The loop with the losses of ``ids`` at ``weight``, those of ``others`` at that, on other ``labels`` if given."""
     model = task.build()
     optimizer = sgd(model)
     points, given = task.train.tensors
@@ -21,7 +26,7 @@ def trained_again(
         batch = step.batches[0]
         optimizer.zero_grad()
         each = losses(model, (points[batch], given[batch]))
-        weights = torch.where(torch.isin(batch, torch.tensor(list(ids), dtype=torch.int64)), weight, 1.0)
+        weights = torch.where(torch.isin(batch, torch.tensor(list(ids), dtype=torch.int64)), weight, others)
         (each * weights).mean().backward()
         optimizer.step()
     return model

@@ -39,6 +39,19 @@ def test_a_removal_is_training_without_the_examples(run: hg.Run, weight: float, 
 
 
 @pytest.mark.parametrize("early", [True, False])
+def test_the_others_may_weigh_more(run: hg.Run, early: bool) -> None:
+    last = tuple(run.steps[4].batches[0].tolist())  # these are seen after the first checkpoint alone
+    expected = params_of(trained_again(make_task(), run, last, 0.0, others=2.0))
+    change = Change(last, others=2.0)
+    state = retrained(run, change, run.num_steps, early=early)
+    for name, value in state.params.items():
+        assert_close(value, expected[name], UPDATE)
+    assert first_replayed(run, change, 10) == 0, "everything is touched"
+    assert first_replayed(run, Change(last), 10) == 4
+    assert change.describe(run.problem) != Change(last).describe(run.problem)
+
+
+@pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("place", [0, 9, 21])
 def test_another_label_is_training_on_that_label(run: hg.Run, place: int, early: bool) -> None:
     change, labels = relabelled(place)

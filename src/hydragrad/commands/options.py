@@ -17,6 +17,10 @@ TASK = (
 TaskName = Annotated[str, typer.Argument(help=TASK, show_default=False)]
 TaskOption = Annotated[str, typer.Option("--task", "-t", help=TASK, show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="The folder of the recorded run.", show_default=False)]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Retrainings side by side; -1: all cores.")]
+Resume = Annotated[
+    Path | None, typer.Option("--resume", help="Folder that keeps every finished retraining.", show_default=False)
+]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 
 

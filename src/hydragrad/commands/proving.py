@@ -8,7 +8,7 @@ import typer
 
 from hydragrad.attribution import Attribution
 from hydragrad.commands.console import interactive, say
-from hydragrad.commands.options import RunFolder, Seed, TaskOption, file_to_write
+from hydragrad.commands.options import Jobs, Resume, RunFolder, Seed, TaskOption, file_to_write
 from hydragrad.tasks.naming import resolve_task
 from hydragrad.validating import validate as validate_scores
 
@@ -42,10 +42,8 @@ def validate(
     ] = None,
     fraction: Annotated[float, typer.Option(help="Part of the examples in a subset.")] = 0.1,
     seed: Seed = 0,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Retrainings side by side; -1: all cores.")] = 1,
-    resume: Annotated[
-        Path | None, typer.Option(help="Folder that keeps every finished retraining.", show_default=False)
-    ] = None,
+    jobs: Jobs = 1,
+    resume: Resume = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File for the result (safetensors).", show_default=False)
     ] = None,

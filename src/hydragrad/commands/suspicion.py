@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from hydragrad.commands.console import console, interactive, say
-from hydragrad.commands.options import RunFolder, TaskOption, file_to_write
+from hydragrad.commands.options import Jobs, Resume, RunFolder, TaskOption, file_to_write
 from hydragrad.files import write_atomically
 from hydragrad.report.measures import precision_recall
 from hydragrad.report.tables import plain_table
+from hydragrad.signals.ensembles import REPLAYS
 from hydragrad.suspecting import mislabels as find_mislabels
 from hydragrad.suspects import Suspects
 from hydragrad.tasks.naming import resolve_task
@@ -25,7 +26,9 @@ class Signal(StrEnum):
     el2n = "el2n"
     margin = "margin"
     doubt = "doubt"
+    late = "late"
     combined = "combined"
+    ensemble = "ensemble"
     loss = "loss"
     self = "self"
     harm = "harm"
@@ -42,10 +45,13 @@ def mislabels(
             "--signal",
             "-s",
             help="What makes an example suspicious. harm, class and cluster ask its scores for the test set, which "
-            "takes as long as attribute. Default: el2n, or loss where there are no labels.",
+            "takes as long as attribute; ensemble trains again. Default: el2n, or loss where there are no labels.",
             show_default=False,
         ),
     ] = None,
+    replays: Annotated[int, typer.Option(help="Trainings on halves of the data for ensemble; even.")] = REPLAYS,
+    jobs: Jobs = 1,
+    resume: Resume = None,
     top: Annotated[int, typer.Option(min=1, help="How many suspects to show.")] = 20,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File for all examples (CSV).", show_default=False)
@@ -56,14 +62,15 @@ def mislabels(
         hydragrad mislabels runs/digits --task digits-flipped --top 20
         hydragrad mislabels runs/digits --task digits-flipped --out suspects.csv
 
-    Read off the states that the recorded run stored: nothing is trained again.
+    Read off the states that the recorded run stored; --signal ensemble alone trains again.
     """
     file_to_write(out, "--out")
     chosen = resolve_task(task)
     bound = chosen.load(run)
     name = None if signal is None else signal.value
     clean = chosen.test if name in ("harm", "class", "cluster") else None
-    found = find_mislabels(bound, signal=name, clean=clean, progress=interactive())
+    retraining = {"replays": replays, "jobs": jobs, "resume": resume}
+    found = find_mislabels(bound, signal=name, clean=clean, progress=interactive(), **retraining)
     say(str(found).splitlines()[0])
     if found.note:
         say(found.note)

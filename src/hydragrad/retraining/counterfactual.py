@@ -18,17 +18,18 @@ from hydragrad.trajectory.state import State
 class Change:
     """What is otherwise than in the recorded run.
 
-    The losses of the examples ``ids`` weigh ``weight`` (0: removed); or, with ``samples``, these samples stand in
-    their places at full weight. No ids: as trained.
+    The losses of the examples ``ids`` weigh ``weight`` (0: removed), those of all others ``others``; or, with
+    ``samples``, these samples stand in their places at full weight. No ids: as trained.
     """
 
     ids: tuple[int, ...] = ()
     weight: float = 0.0
     samples: tuple[Any, ...] | None = None
+    others: float = 1.0
 
     def weights(self, count: int) -> torch.Tensor:
         """One weight an example, float64 [N]."""
-        weights = torch.ones(count, dtype=torch.float64)
+        weights = torch.full((count,), self.others, dtype=torch.float64)
         if self.samples is None:
             weights[list(self.ids)] = self.weight
         return weights
@@ -38,7 +39,8 @@ class Change:
         samples = None
         if self.samples is not None:
             samples = batch_digests(problem.collate(list(self.samples)), len(self.samples)).tolist()
-        return {"ids": list(self.ids), "weight": self.weight, "samples": samples}
+        others = {} if self.others == 1.0 else {"others": self.others}
+        return {"ids": list(self.ids), "weight": self.weight, "samples": samples, **others}
 
 
 def retrained(run: Run, change: Change, until: int, *, early: bool = True) -> State:
@@ -64,7 +66,7 @@ def retrained(run: Run, change: Change, until: int, *, early: bool = True) -> St
 
 def first_replayed(run: Run, change: Change, until: int) -> int:
     """The checkpoint from which a change has to be replayed."""
-    touched = torch.zeros(run.num_examples, dtype=torch.bool)
+    touched = torch.full((run.num_examples,), change.others != 1.0)
     touched[list(change.ids)] = True
     first = next((s.index for s in run.steps[:until] if any(bool(touched[ids].any()) for ids in s.batches)), until)
     return run.trajectory.nearest(first) if change.ids else 0

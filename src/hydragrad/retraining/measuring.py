@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,19 @@ from hydragrad.trajectory.state import State
 from hydragrad.trajectory.store import Trajectory
 
 Measurement = Callable[[nn.Module, Any], Tensor]
+
+
+class Values(Protocol):
+    """What is measured of a state, where it is not each query's loss: ``values(run)(state)`` gives one number a query.
+
+    ``description``: plain values that tell it from others. Picklable.
+    """
+
+    @property
+    def description(self) -> dict[str, Any]: ...
+
+    def __call__(self, run: Run) -> Callable[[State], Tensor]: ...
+
 
 _RANDOM = threading.Lock()
 """torch's random state is one for all threads: steps that draw from it are replayed one run at a time."""
@@ -47,7 +60,10 @@ class Outcome:
 @final
 @dataclass(frozen=True)
 class Question:
-    """Everything that decides the outcome of a change, and nothing else. Picklable if the user's parts are."""
+    """Everything that decides the outcome of a change, and nothing else. Picklable if the user's parts are.
+
+    ``values``: measured in place of the queries' losses (or of ``measurement``).
+    """
 
     folder: Path
     problem: Problem
@@ -56,6 +72,7 @@ class Question:
     until: int
     measurement: Measurement | None = None
     accuracy: Measurement | None = None
+    values: Values | None = None
 
 
 @final
@@ -65,7 +82,8 @@ class Retrainer:
     def __init__(self, question: Question, run: Run | None = None) -> None:
         self.question = question
         self.run = Run(question.problem, Trajectory(question.folder)) if run is None else run
-        self._asked = queries_of(self.run, question.queries, question.measurement)
+        asked = question.values(self.run) if question.values else None
+        self._asked = asked or queries_of(self.run, question.queries, question.measurement).values
         self._told = queries_of(self.run, question.queries, question.accuracy) if question.accuracy else None
         self._random = any(step.random for step in self.run.steps[: question.until])
 
@@ -81,7 +99,7 @@ class Retrainer:
     def measured(self, state: State) -> Float[Tensor, " M"]:
         """The columns of the question at a state."""
         columns = self.question.columns
-        values = self._asked.values(state).double().cpu()
+        values = self._asked(state).double().cpu()
         total = torch.zeros(columns.count, dtype=torch.float64)
         return total.index_add_(0, columns.of, values * columns.factor.double())
 
@@ -104,6 +122,7 @@ class Retrainer:
             "columns": sha256(of_columns.numpy().tobytes()),
             "measurement": _name(question.measurement),
             "accuracy": _name(question.accuracy),
+            **({"values": question.values.description} if question.values else {}),
             "torch": torch.__version__,
             "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
             "device": str(device_of(self.run)),

@@ -14,7 +14,7 @@ from hydragrad.labels import Relabel
 from hydragrad.retraining.measuring import queries_of
 from hydragrad.run import Run, kept_random_state
 from hydragrad.shapes import Float, Int
-from hydragrad.signals.trying import LabelLosses
+from hydragrad.signals.trying import LabelLosses, el2n
 from hydragrad.trajectory.state import State
 
 MOST = 20
@@ -51,7 +51,7 @@ class Candidates:
 
     With p the softmax over the labels of minus the losses and y the example's own label: ``loss`` [N]: as trained;
     ``losses`` [N, C]; ``confidence`` [N, C]: p; ``el2n`` [N]: ||p - onehot(y)||; ``margin`` [N]: max over c != y of
-    p_c, minus p_y.
+    p_c, minus p_y; ``late`` [N]: 1 - p_y, averaged over the states in the second half of the run.
     """
 
     loss: Float[Tensor, " N"]
@@ -59,6 +59,7 @@ class Candidates:
     confidence: Float[Tensor, "N C"]
     el2n: Float[Tensor, " N"]
     margin: Float[Tensor, " N"]
+    late: Float[Tensor, " N"]
 
 
 def candidate_labels(
@@ -76,13 +77,15 @@ def candidate_labels(
     """
     tried = LabelLosses(run, classes, relabel)
     states, own = stored_along(run, most), given[:, None]
+    latest = [step for step in states if 2 * step > states[-1]]
     total: list[Tensor] = []
     for step in tqdm(states, desc="trying labels", unit="state", delay=2, disable=not progress):
         loss, losses = tried(run.trajectory.state(step))
         p = torch.softmax(-losses, 1)
-        el2n = p.scatter_add(1, own, -torch.ones_like(own, dtype=p.dtype)).norm(dim=1)
-        margin = p.scatter(1, own, -1.0).max(1).values - p.gather(1, own)[:, 0]
-        now = [x / len(states) for x in (loss, losses, p, el2n, margin)]
+        quality = p.gather(1, own)[:, 0]
+        late = (1 - quality) * (len(states) / len(latest) if step in latest else 0)
+        margin = p.scatter(1, own, -1.0).max(1).values - quality
+        now = [x / len(states) for x in (loss, losses, p, el2n(p, given), margin, late)]
         total = now if not total else [sums + x for sums, x in zip(total, now, strict=True)]
     return Candidates(*total)
 

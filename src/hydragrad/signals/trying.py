@@ -99,6 +99,11 @@ class LabelLosses:
         return self._others[label].fetch(ids) if made is None else made
 
 
+def el2n(p: Tensor, own: Tensor) -> Tensor:
+    """||p_i - onehot(own_i)|| [N] of p [N, C]: how far the probabilities are from the given labels."""
+    return p.scatter_add(1, own[:, None], -torch.ones_like(p[:, :1])).norm(dim=1)
+
+
 def with_label_everywhere(batch: Any, examples: int, label: int) -> Any:
     """A batch that torch's own collation made of (..., label) samples, with one label everywhere; None: it is none."""
     given = batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
