@@ -117,6 +117,7 @@ class StepNotes:
                 assert one.ran is not None
                 assert one.ran.modes is not None
                 draw = self._draws.draw(one.drawn)
+                self._draws.forget()  # what the loop drew before it asked for the next batch is not this one's
                 passes.append(Pass(one.ids, one.digests, one.epoch, k, one.ran.modes, one.ran.autocast, draw))
             if batch is not None:
                 draws.append(self._draws.draw(batch.drawn))
