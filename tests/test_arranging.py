@@ -9,7 +9,7 @@ from hydragrad.arranging import Arrangement, Needs, arrange
 from hydragrad.errors import UnsupportedError
 from hydragrad.hypergradient.rehearsing import Costs
 
-COSTS = Costs(advance=2e-3, capture=1e-3, load=1e-2, step=3e-3, query=1e-3, work=50_000_000)
+COSTS = Costs(advance=2e-3, capture=1e-3, load=1e-2, step=3e-3, query=1e-3, work=50_000_000, alone=12_500_000)
 LARGE = Needs(
     steps=400, stretches=((100, 4),), queries=20, block=4, costs=COSTS, fixed=40_000_000, each=12_500_000,
     adjoint=8_000_000, column=40_000, slot=12_000_000, stored=8_000_000,

@@ -40,7 +40,7 @@ class Arrangement:
 class Needs:
     """Bytes and seconds of every part of a sweep over ``steps`` steps in ``stretches`` (length -> how many).
 
-    Bytes: ``fixed``: whatever is chosen; ``block`` queries a product need ``work``, fewer ``each``; a query's
+    Bytes: ``fixed``: whatever is chosen; ``block`` queries a product need ``work``, a single one ``each``; a query's
     ``adjoint``; ``column``: of one query in the result; a ``slot`` in memory; a state ``stored`` on disk.
     """
 
@@ -69,7 +69,7 @@ class Needs:
             block=chosen.block,
             costs=costs,
             fixed=sizes.made + chosen.held,
-            each=max(sizes.engine, costs.work // chosen.block),
+            each=costs.alone,
             adjoint=sizes.adjoint,
             column=rows * sizes.number,
             slot=sizes.state,
@@ -132,7 +132,9 @@ class Needs:
 
     def without_states(self, carried: int) -> int:
         """Result and what is made once; a block's work; adjoints, and their columns unless they are the result."""
-        work = self.costs.work if carried >= self.block else carried * self.each
+        work = self.costs.work
+        if carried < self.block:  # a line between what one query needs and what a block does
+            work = self.each + (carried - 1) * max(work - self.each, 0) // (self.block - 1)
         columns = 0 if carried == self.queries and self.reweighted < 2 else carried * self.column
         return self.fixed + self.queries * self.column + work + carried * self.adjoint + columns
 

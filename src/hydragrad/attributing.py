@@ -280,16 +280,17 @@ def _sweep_block(
     """One sweep for the chosen columns, from the sensitivities at the end to the finished scores and their sizes."""
     sweep, engine = wanted.sweep, plan.chosen.engine
     slopes, of_buffers = wanted.queries.sensitivities(way.end, wanted.columns, chosen)
-    adjoint = start(slopes, sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups), of_buffers)
-    del slopes, of_buffers
+    slots = sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups)
     scores.open(chosen, sweep.replayer.device)
     moments = Backwards(sweep.replayer, way.trajectory, sweep.stop, plan.segment, plan.on_disk)
-    common = (adjoint, min(plan.block, chosen.stop - chosen.start), scores.add, watch)
+    common = (min(plan.block, chosen.stop - chosen.start), scores.add, watch)
     if isinstance(engine, ScaledEngine):
-        watch.begin(direction_of(adjoint, sweep.optimizer))
-        hessian_free_sweep(moments.stretches(), sweep.objective, sweep.optimizer, engine, *common)
+        watch.begin(direction_of(slopes, slots, sweep.optimizer))
+        hessian_free_sweep(moments.stretches(), sweep.objective, sweep.optimizer, engine, slopes, slots, *common)
     else:
+        adjoint = start(slopes, slots, of_buffers)
+        del slopes, of_buffers
         watch.begin(adjoint)
-        reverse_sweep(moments.stretches(), sweep.objective, sweep.optimizer, engine, *common)
+        reverse_sweep(moments.stretches(), sweep.objective, sweep.optimizer, engine, adjoint, *common)
     watch.drifted(moments.drift)
     return scores.close(chosen)

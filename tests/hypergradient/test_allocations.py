@@ -1,10 +1,24 @@
 """Counting allocations: by hand on plain operations, and what a plan predicts against what a sweep allocates."""
 
-import torch
-from torch import nn
-from torch.func import functional_call, grad, jvp, vmap
+from dataclasses import replace
+from typing import Any
 
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, TensorDataset
+
+import hydragrad as hg
+from hydragrad import attributing, planning
+from hydragrad.hypergradient import choosing
 from hydragrad.hypergradient.allocations import Allocations
+from hydragrad.hypergradient.sweeping import Sweep
+from hydragrad.trajectory.state import State
+from hydragrad.trajectory.store import Trajectory
+from tests.hypergradient.recorded import least_memory
 
 
 def test_live_and_peak_by_hand() -> None:
@@ -49,3 +63,77 @@ def test_inside_transforms_and_backward_passes() -> None:
         assert counted.live == before
         model(inputs).sum().backward()
         assert counted.live - before == 5050 * 4  # the gradients stay
+
+
+STEPS, EVERY, QUERIES, BLOCK = 64, 16, 8, 4
+ENGINES = {"exact": "reverse-over-reverse", "gauss-newton": "jvp-then-vjp", "hessian-free": "jvp"}
+
+
+def losses(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=["SGD", "Adam"])
+def run(request: pytest.FixtureRequest, dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory) -> hg.Run:
+    """50,826 parameters, four stretches of 16 steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 128), nn.Tanh(), nn.Linear(128, 10)).to(dtype)
+    given = {"momentum": 0.9} if request.param == "SGD" else {}
+    optimizer = getattr(torch.optim, request.param)(model.parameters(), lr=1e-3, **given)
+    data = TensorDataset(torch.rand(64, 64, dtype=dtype), torch.randint(0, 10, (64,)))
+    folder = tmp_path_factory.mktemp("allocations") / "run"
+    with hg.record(folder, model, optimizer, checkpoint_every=EVERY) as recording:
+        for _ in range(STEPS * 8 // 64):
+            for batch in recording.batches(DataLoader(data, 8)):
+                optimizer.zero_grad()
+                losses(model, batch).mean().backward()
+                optimizer.step()
+    return hg.load(folder, model=model, loss=losses, data=data)
+
+
+def _cloned(state: State) -> State:
+    params, buffers, optimizer = pytree.tree_map(torch.clone, (state.params, state.buffers, state.optimizer))
+    return replace(state, params=params, buffers=buffers, optimizer=optimizer)
+
+
+def counted_loads(patch: pytest.MonkeyPatch) -> None:
+    """States read from files come from no operation: clones stand for them, so that they are counted."""
+    plain = Trajectory.state
+
+    def state(trajectory: Trajectory, step: int) -> State:
+        return _cloned(plain(trajectory, step))
+
+    patch.setattr(Trajectory, "state", state)
+
+
+@pytest.mark.parametrize("tight", [None, 2.0, 1.2])
+@pytest.mark.parametrize("method", ENGINES)
+def test_a_plan_predicts_what_a_sweep_allocates(
+    run: hg.Run, dtype: torch.dtype, method: str, tight: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a quarter, planning included: the result, adjoints, states kept, copies of the model, a block's work."""
+    plans = list[hg.Plan]()
+
+    def choose(sweep: Sweep, *_: Any, **__: Any) -> Any:
+        return choosing.fixed(sweep, method, f"plain:{ENGINES[method]}", BLOCK)
+
+    def noted(*args: Any, **given: Any) -> hg.Plan:
+        plans.append(planning.plan_sweep(*args, **given))
+        return plans[-1]
+
+    monkeypatch.setattr(planning, "choose", choose)
+    monkeypatch.setattr(attributing, "plan_sweep", noted)
+    counted_loads(monkeypatch)
+    queries = [(torch.rand(64, dtype=dtype), torch.tensor(j % 10)) for j in range(QUERIES)]
+    memory = None if tight is None else int(tight * least_memory(run, QUERIES, method))
+    run.memo.clear()
+    with Allocations() as counted:
+        hg.attribute(run, queries, method=method, memory=memory, check=False, progress=False)
+    (plan,) = plans
+    assert plan.peak_bytes <= plan.budget
+    assert plan.peak_bytes == pytest.approx(counted.peak, rel=0.25), f"{plan.peak_bytes / counted.peak:.2f} {plan}"

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import hydragrad as hg
 from tests.hypergradient.recorded import recipe_of, recorded, values
@@ -75,20 +74,3 @@ def test_noise_that_no_derivative_can_repeat_is_refused(loss: Any, tmp_path: Pat
         values(run, PROBLEM.queries)
     with pytest.raises(hg.UnsupportedError, match=r"random numbers of numpy or Python.*torch"):
         hg.hypergradients(run, examples=[2])
-
-
-def test_a_skipped_batch_that_moved_the_statistics_is_refused(tmp_path: Path) -> None:
-    problem = case("batchnorm")
-    model = problem.build()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with hg.record(tmp_path / "run", model, optimizer) as recording:
-        for place, batch in enumerate(recording.batches(DataLoader(problem.samples, 3))):  # type: ignore[arg-type]
-            optimizer.zero_grad()
-            problem.loss(model, batch).mean().backward()
-            if place != 1:
-                optimizer.step()
-    run = hg.load(tmp_path / "run", model=problem.build(), loss=problem.loss, data=problem.samples)
-    assert hg.verify(run).exact
-    with pytest.raises(hg.UnsupportedError, match=r"before step 1 a batch that was skipped changed the buffer '1.run"):
-        values(run, problem.queries)
-    assert values(run, problem.queries, step=1).isfinite().all()

@@ -141,12 +141,13 @@ def _probe_point(sweep: Sweep) -> tuple[Point, float, float]:
     seconds = 0.0
     if not known or record.random:  # a step that draws leaves its random states with the replayer
         seconds = seconds_of(step, replayer.device, repeats=2)
-    moment = Moment(record, state_on(state, replayer.device), gradient, replayer.batches(record), replayer.random)
+    batches = [*replayer.batches(record), *replayer.passed(record)]
+    moment = Moment(record, state_on(state, replayer.device), gradient, batches, replayer.random)
     points = [point for _, _, point in points_of(moment, sweep.objective)]
     if not known:
         sweep.run.memo[key] = (seconds, gradient_gap(sweep.objective, points, gradient, sweep.gap_limit))
     replay, gap = sweep.run.memo[key]
-    return points[0], replay, gap
+    return max(points, key=lambda point: bool(point.coefficients.any())), replay, gap  # the first that was not skipped
 
 
 def state_on(state: State, device: torch.device) -> State:
@@ -177,8 +178,8 @@ def _sizes(sweep: Sweep, point: Point, method: str) -> Sizes:
         longest=_longest(sweep),
         stored=stored,
         # the replayer and its gradients, copies of the model for objective and queries, the state asked about, the
-        # point of the measurements; a recorded state to compare with, and another while it is read from its bytes
-        made=(whole + state_slots + size) + 2 * whole + (whole + state_slots) + size + 3 * stored,
+        # point of the measurements; the recorded state that the replay of a stretch is compared with
+        made=(whole + state_slots + size) + 2 * whole + (whole + state_slots) + size + stored,
     )
 
 

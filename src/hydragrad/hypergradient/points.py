@@ -10,20 +10,27 @@ from hydragrad.errors import UnsupportedError, message
 from hydragrad.step.objective import Objective, Point
 from hydragrad.trajectory.moments import Moment
 from hydragrad.trajectory.randomness import RandomState, seeded
+from hydragrad.trajectory.state import StepRecord
 
 
 def points_of(moment: Moment, objective: Objective) -> Iterator[tuple[Tensor, int, Point]]:
-    """``(ids [b], epoch, point)`` of each micro-batch of a step, each with the buffers that those before it left."""
+    """``(ids [b], epoch, point)`` of each micro-batch of a step, each with the buffers that those before it left.
+
+    A skipped batch that moved buffers which carry derivatives is a micro-batch whose losses count nothing: with
+    coefficients 0 only V remains of what an engine computes there.
+    """
     params = tuple(moment.state.params[name] for name in objective.names)
     carried = tuple(moment.state.buffers[name] for name in objective.carried)
     known = {*objective.names, *objective.carried}
     rest = {name: x for name, x in {**moment.state.params, **moment.state.buffers}.items() if name not in known}
     objective.follow_modes(moment.record.modes)
-    epochs = moment.record.epochs or (moment.record.epoch,) * len(moment.batches)
+    record, moved = moment.record, bool(objective.carried or objective.counters)
+    epochs = (*(record.epochs or (record.epoch,) * len(record.batches)), *(one.epoch for one in record.passes))
     states = moment.random or (None,) * len(moment.batches)
-    last = len(moment.batches) - 1
     penalised = objective.problem.penalty is not None
-    for place, ((ids, batch), epoch, random) in enumerate(zip(moment.batches, epochs, states, strict=True)):
+    order = _in_order(record) if moved else list(range(len(record.batches)))
+    for place in order:
+        (ids, batch), epoch, random = moment.batches[place], epochs[place], states[place]
         nothing = torch.empty(0, dtype=params[0].dtype, device=params[0].device)
         point = Point(params, rest, batch, nothing, nothing, carried, first=penalised and place == 0)
         if random is not None:
@@ -33,11 +40,22 @@ def points_of(moment: Moment, objective: Objective) -> Iterator[tuple[Tensor, in
                 _refuse_other_noise(objective, point, random, moment.record.index)
         with torch.no_grad():
             like = nothing.new_empty(objective.loss_shape(point, len(ids)))
-            coefficients = objective.problem.reduction.coefficients(batch, like).contiguous()
+            counts = place < len(record.batches)
+            coefficients = objective.problem.reduction.coefficients(batch, like) if counts else torch.zeros_like(like)
+            coefficients = coefficients.contiguous()
         point = replace(point, coefficients=coefficients, weights=_weights(moment, ids, coefficients))
         yield ids, epoch, point
-        if place < last and (objective.carried or objective.counters):
+        if place != order[-1] and moved:
             carried, rest = objective.after(point)
+
+
+def _in_order(record: StepRecord) -> list[int]:
+    """Places of micro-batches and, behind them, of skipped batches, in the order in which they were run."""
+    count, order = len(record.batches), list[int]()
+    for place in range(count + 1):
+        order += [count + k for k, one in enumerate(record.passes) if one.place == place]
+        order += [place] if place < count else []
+    return order
 
 
 def _weights(moment: Moment, ids: Tensor, coefficients: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
@@ -19,7 +19,7 @@ from hydragrad.hypergradient.reverse import Adjoint, Direction, hessian_free_swe
 from hydragrad.hypergradient.scaled import ScaledEngine
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.hypergradient.watch import looked_at_always
-from hydragrad.trajectory.moments import Moment, advance
+from hydragrad.trajectory.moments import Moment, advance, batches_of
 from hydragrad.trajectory.randomness import RandomState
 from hydragrad.trajectory.state import State
 
@@ -39,7 +39,8 @@ class Costs:
     """Seconds and bytes of a sweep's parts.
 
     ``advance``: a replayed step; ``capture``: a state kept; ``load``: a state read from disk; ``step``: a step of the
-    sweep whatever the queries; ``query``: for each query; ``work``: bytes that a step of one block needs for a while.
+    sweep whatever the queries; ``query``: for each query; ``work``: bytes that a step of one block needs for a while;
+    ``alone``: of a single query.
     """
 
     advance: float
@@ -48,33 +49,42 @@ class Costs:
     step: float
     query: float
     work: int
+    alone: int
 
     @staticmethod
     def of(chosen: Chosen) -> "Costs":
         """From products alone."""
-        return Costs(chosen.replay, 0.0, 0.0, 0.0, chosen.per_query, chosen.block * chosen.sizes.engine)
+        each = chosen.sizes.engine
+        return Costs(chosen.replay, 0.0, 0.0, 0.0, chosen.per_query, chosen.block * each, each)
 
 
 def rehearse(sweep: Sweep, chosen: Chosen, queries: int, memory: int) -> Costs:
     """Sweep over the last steps before a checkpoint's successor with one block of queries, then with two.
 
-    Skipped where it would take more than a twentieth of what it predicts, or more than half of ``memory`` bytes.
+    Skipped where it would take more than a twentieth of what it predicts; where it would take more than half of
+    ``memory`` bytes, only bytes are counted: of a block where that fits, of a single query where ``memory`` is too
+    small for a block with every state.
     """
-    first = Costs.of(chosen)
+    first, sizes = Costs.of(chosen), chosen.sizes
     block = min(chosen.block, queries)
     narrow, wide = block, min(2 * block, queries)
-    sizes = chosen.sizes
-    each = narrow + (wide if wide > narrow else 0)
-    steps = int(SHARE * sweep.stop * queries / each / 2) - 2  # once to warm up; two more to count bytes
     room = (memory // 2 - wide * sizes.adjoint - first.work) // sizes.state
-    steps = min(STEPS, steps, room)
-    if steps < FEWEST:
+    turns = SHARE * sweep.stop * queries / 2  # one in two only warms up
+    steps = min(STEPS, int(turns / (narrow + (wide if wide > narrow else 0))) - 2, room)
+    if turns < narrow:
         return first
-    key = ("rehearsed", repr(chosen.engine), block, wide, sweep.stop, sweep.objective.names, sweep.objective.mode)
+    tight = sizes.made + block * sizes.adjoint + first.work + sizes.longest * sizes.state > memory
+    fits = narrow * sizes.adjoint + first.work + sizes.state <= memory
+    counts = ((narrow,) if fits else ()) + ((1,) if tight else ())
+    key = ("rehearsed", repr(chosen.engine), counts, wide, steps, sweep.stop, sweep.objective.names)
+    key = (*key, sweep.objective.mode)
     if key not in sweep.run.memo:
-        seconds = SHARE * sweep.stop * (first.advance + queries * first.query)
-        rehearsal = Rehearsal(sweep, chosen, steps, quiet_seconds)
-        sweep.run.memo[key] = rehearsal.costs(narrow, wide, min(seconds, LONGEST))
+        rehearsal = Rehearsal(sweep, chosen, max(steps, 1), quiet_seconds)
+        known = rehearsal.counted(first, counts)
+        if steps >= FEWEST:
+            seconds = SHARE * sweep.stop * (first.advance + queries * first.query)
+            known = rehearsal.timed(known, narrow, wide, min(seconds, LONGEST))
+        sweep.run.memo[key] = known
     return sweep.run.memo[key]
 
 
@@ -104,13 +114,20 @@ class Rehearsal:
         self._load = clock() - began
         self._stop = min(first + steps, sweep.stop)
 
-    def costs(self, narrow: int, wide: int, seconds: float) -> Costs:
-        """Of sweeps with so many queries, from two rounds at least, and as many as take ``seconds``.
+    def counted(self, known: Costs, counts: Sequence[int]) -> Costs:
+        """With the bytes of a step that carries so many queries: a block, one, or both."""
+        block = self._chosen.block
+        found = {queries: self._bytes(queries) for queries in counts}
+        if not all(found.values()):
+            return known
+        alone = found.get(1, max(-(-found[counts[0]] // block), min(found[counts[0]], known.alone)))
+        return replace(known, work=found.get(block, block * alone), alone=alone)
+
+    def timed(self, known: Costs, narrow: int, wide: int, seconds: float) -> Costs:
+        """With the seconds of sweeps that carry so many queries, from two rounds at least, as many as take ``seconds``.
 
         Parts take turns, and each costs the median of its laps; a round before only warms up.
         """
-        with self._sweep.objective.differentiable():
-            work = self._bytes(self._forth(_Laps())[-1:], narrow)
         self._round(narrow, wide, _Laps())
         laps, until = _Laps(), time.perf_counter() + seconds
         for done in range(ROUNDS):
@@ -120,13 +137,13 @@ class Rehearsal:
         one = statistics.median(laps.narrow)
         two = statistics.median(laps.wide) if wide > narrow else one
         query = max((two - one) / (wide - narrow), 0.5 * two / wide) if wide > narrow else one / narrow
-        return Costs(
+        return replace(
+            known,
             advance=statistics.median(laps.advance),
             capture=statistics.median(laps.capture),
             load=self._load,
             step=max(two - wide * query, 0.0),
             query=query,
-            work=max(work, 0 if work else narrow * self._chosen.sizes.engine),
         )
 
     def _round(self, narrow: int, wide: int, laps: _Laps) -> None:
@@ -155,8 +172,6 @@ class Rehearsal:
         last = moments[-1][0]
         like = [last.params[name] for name in sweep.objective.names]
         ones = tuple(x.new_ones((queries, *x.shape)) for x in like)
-        buffers = (last.buffers[name] for name in sweep.objective.carried)
-        adjoint = start(ones, slots, tuple(x.new_zeros((queries, *x.shape)) for x in buffers))
         scores = like[0].new_zeros(sweep.run.num_examples, queries)
         bad, marks = FirstBad(sweep.objective.names), list[float]()
 
@@ -164,7 +179,7 @@ class Rehearsal:
             while moments:
                 before, gradient, random = moments.pop()
                 record = sweep.run.steps[before.step]
-                yield Moment(record, before, gradient, replayer.batches(record, compare=False), random)
+                yield Moment(record, before, gradient, batches_of(replayer, record), random)
 
         def sink(ids: Tensor, chosen: slice, terms: Tensor, _: int) -> None:
             terms = terms.flatten(2).sum(2) if terms.dim() > 2 else terms
@@ -175,28 +190,36 @@ class Rehearsal:
                 bad.see(step, at.parts())
             marks.append(self._now())
 
-        common = (adjoint, min(self._chosen.block, queries), sink, watch)
+        common = (min(self._chosen.block, queries), sink, watch)
         if isinstance(engine, ScaledEngine):
-            hessian_free_sweep([revisited()], sweep.objective, sweep.optimizer, engine, *common)
+            held = [*ones, scores]
+            hessian_free_sweep([revisited()], sweep.objective, sweep.optimizer, engine, ones, slots, *common)
         else:
-            reverse_sweep([revisited()], sweep.objective, sweep.optimizer, engine, *common)
+            buffers = (last.buffers[name] for name in sweep.objective.carried)
+            adjoint = start(ones, slots, tuple(x.new_zeros((queries, *x.shape)) for x in buffers))
+            held = [*adjoint.lam, *adjoint.bet, *(x for slots in adjoint.sig for x in slots.values()), scores]
+            reverse_sweep([revisited()], sweep.objective, sweep.optimizer, engine, adjoint, *common)
         laps.extend(b - a for a, b in itertools.pairwise(marks))
-        held = [*adjoint.lam, *adjoint.bet, *(x for slots in adjoint.sig for x in slots.values()), scores]
         return sum(x.nbytes for x in held)
 
-    def _bytes(self, moments: list[_Revisited], queries: int) -> int:
-        """What a step of one block needs beside its moment and adjoints; 0 where it cannot be counted."""
-        device = self._sweep.replayer.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            held = self._back(moments, queries, [])
-            return max(torch.cuda.max_memory_allocated(device) - before - held, 0)
-        if "compiled" in repr(self._chosen.engine):
+    def _bytes(self, queries: int) -> int:
+        """What a step needs beside its moment, its adjoints and what the engine holds; 0 where it cannot be counted."""
+        device, chosen = self._sweep.replayer.device, self._chosen
+        if device.type != "cuda" and "compiled" in repr(chosen.engine):
             return 0
-        with Allocations() as counted:
-            held = self._back(moments, queries, [])
-        return max(counted.peak - held, 0)
+        with self._sweep.objective.differentiable():
+            moments = self._forth(_Laps())[-1:]
+            self._back(moments[:], queries, [])  # what is made once (a traced graph) is no step's work
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+                held = self._back(moments, queries, [])
+                peak = torch.cuda.max_memory_allocated(device) - before
+            else:
+                with Allocations() as counted:
+                    held = self._back(moments, queries, [])
+                peak = counted.peak
+        return max(peak - held - chosen.held, 0)
 
     def _now(self) -> float:
         synchronize(self._sweep.replayer.device)

@@ -196,10 +196,9 @@ class Elementwise(Direction):
         return self.ones.lam
 
 
-def direction_of(adjoint: Adjoint, optimizer: OptimizerMap) -> Direction:
+def direction_of(sensitivities: Vectors, slots: Sequence[tuple[str, ...]], optimizer: OptimizerMap) -> Direction:
     """The direction at the end of the run, all ones."""
-    slots = [tuple(held) for held in adjoint.sig]
-    return Uniform(slots) if optimizer.update.linear else Elementwise(adjoint.lam, slots)
+    return Uniform(slots) if optimizer.update.linear else Elementwise(sensitivities, slots)
 
 
 def _factors(moment: Moment, optimizer: OptimizerMap, direction: Direction) -> Sequence[Tensor | float]:
@@ -223,7 +222,8 @@ def hessian_free_sweep(
     objective: Objective,
     optimizer: OptimizerMap,
     engine: ScaledEngine,
-    adjoint: Adjoint,
+    sensitivities: Vectors,
+    slots: Sequence[tuple[str, ...]],
     block: int,
     sink: Sink,
     watch: Callable[[int, Direction], None],
@@ -231,17 +231,17 @@ def hessian_free_sweep(
     """The same with C = 0, where every map is elementwise: lam_t = d_t * lam_T, gam_t = e_t * lam_T.
 
     So one direction is carried instead of Q adjoints, and each step costs one product of the (scaled) per-example
-    gradients with the fixed lam_T. Clipping by norm is not elementwise: such runs go through
-    ``reverse_sweep``.
+    gradients with the fixed lam_T, the ``sensitivities``; ``slots`` are the optimizer's. Clipping by norm is not
+    elementwise: such runs go through ``reverse_sweep``.
     """
-    direction = direction_of(adjoint, optimizer)
+    direction = direction_of(sensitivities, slots, optimizer)
     for moments in stretches:
         with objective.differentiable():
             for moment in moments:
                 scale = _factors(moment, optimizer, direction)
                 for ids, epoch, point in points_of(moment, objective):
-                    for chosen, skip in blocks(len(adjoint), block):
-                        terms = engine.terms(point, scale, tuple(x[chosen] for x in adjoint.lam))
+                    for chosen, skip in blocks(len(sensitivities[0]), block):
+                        terms = engine.terms(point, scale, tuple(x[chosen] for x in sensitivities))
                         sink(ids, slice(chosen.start + skip, chosen.stop), terms[skip:], epoch)
                 watch(moment.record.index, direction)
     return direction

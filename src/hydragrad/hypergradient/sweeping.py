@@ -137,15 +137,16 @@ class Sweep:
                 )
 
     def _refuse_passed_by(self) -> None:
-        """A skipped batch that moved statistics which carry derivatives is a map of its own, not taken along so far."""
-        passed = next((record.index for record in self.run.steps[: self.stop] if record.passes), None)
+        """A skipped batch that moved statistics which carry derivatives is swept in the modes of its step only."""
+        steps = self.run.steps[: self.stop]
+        passed = next((r.index for r in steps for one in r.passes if dict(one.modes) != dict(r.modes)), None)
         if passed is not None and self.objective.carried:
             raise UnsupportedError(
                 message(
                     f"before step {passed} a batch that was skipped changed the buffer {self.objective.carried[0]!r}",
-                    expected="buffers that only the batches of the steps change",
-                    cause="a skipped step (a scaler's overflow, a discarded loss) of a model with BatchNorm",
-                    remedy="put the model into .eval() for batches that are only looked at; start the scaler lower",
+                    expected="skipped batches that ran in the step's own modes of training and evaluation",
+                    cause="a batch that was only looked at, with some layers of the model frozen or thawed for it",
+                    remedy="put the whole model into .eval() for batches that are only looked at",
                 )
             )
 

@@ -23,11 +23,12 @@ _Revisited = tuple[State, dict[str, Tensor], tuple[RandomState | None, ...]]
 @final
 @dataclass(frozen=True)
 class Moment:
-    """One step revisited: its record, the state before it, its gradient by parameter name, its micro-batches.
+    """One step revisited: its record, the state before it, its gradient by parameter name, its batches.
 
+    ``batches``: (ids, batch) of each micro-batch, then of each skipped batch that changed buffers (``record.passes``).
     ``gradient``: the raw one, before ``record.clips``; the optimizer saw it clipped (see step.clipping.Clipping).
-    ``random``: the state from which each micro-batch drew in the replay (None: nothing was drawn), for whoever
-    must draw the same again. ``weights`` [N] of the examples' losses in this run (None: 1, as recorded).
+    ``random``: the state from which each of them drew in the replay (None: nothing was drawn), for whoever must draw
+    the same again. ``weights`` [N] of the examples' losses in this run (None: 1, as recorded).
     """
 
     record: StepRecord
@@ -47,13 +48,18 @@ def advance(
     return {name: g for name, g in raw.items() if name not in record.without_grad}
 
 
+def batches_of(replayer: Replayer, record: StepRecord) -> list[tuple[Tensor, Any]]:
+    """(ids, batch) of a step's micro-batches, then of the skipped ones that changed buffers; not compared."""
+    return [*replayer.batches(record, compare=False), *replayer.passed(record, compare=False)]
+
+
 def forwards(replayer: Replayer, trajectory: Trajectory, stop: int) -> Iterator[Moment]:
     """The moments of steps 0 .. ``stop - 1``."""
     replayer.restore(trajectory.state(0))
     for record in trajectory.steps[:stop]:
         before = replayer.state()
         gradient = advance(replayer, record)
-        yield Moment(record, before, gradient, replayer.batches(record, compare=False), replayer.random)
+        yield Moment(record, before, gradient, batches_of(replayer, record), replayer.random)
 
 
 @final
@@ -162,8 +168,7 @@ class Backwards:
         while moments:
             before, gradient, random = moments.pop()
             record = self.trajectory.steps[before.step]
-            batches = self.replayer.batches(record, compare=False)
-            yield Moment(record, before, gradient, batches, random, self.trajectory.weights)
+            yield Moment(record, before, gradient, batches_of(self.replayer, record), random, self.trajectory.weights)
             del before, gradient
 
     def _compared(self, stop: int) -> None:

@@ -43,7 +43,8 @@ class Replayer:
     On the machine that recorded, bit for bit. ``check``: compare each batch's content and each gradient with the
     record; a difference raises MismatchError in words.
     ``differences``: step -> relative difference of its gradient, for compared steps that were not equal bit for bit;
-    ``random``: the state from which each micro-batch of the last step drew, None where it drew nothing; ``raw``: its
+    ``random``: the state from which each micro-batch of the last step drew, then each skipped batch (``passes``), None
+    where it drew nothing; ``raw``: its
     gradient by name before it was clipped, None where it was not. Random numbers are those of the recording, also with
     weights, and the caller's generators are left alone.
     Example: ``r = Replayer(problem, trajectory); r.restore(trajectory.state(0)); r.advance(trajectory.steps[0])``.
@@ -103,6 +104,16 @@ class Replayer:
         """The gradients of the step taken last, by parameter name (absent: none came)."""
         return {name: param.grad for name, param in self._params.items() if param.grad is not None}
 
+    def passed(self, step: StepRecord, *, compare: bool = True) -> list[tuple[Tensor, Any]]:
+        """(ids, batch) of each skipped batch that changed buffers before or within a step, as ``batches``."""
+        if not self._trajectory.keeps_batches:
+            return [
+                (one.ids, self._checked(one.ids, one.digests if compare else None, one.epoch, step.index))
+                for one in step.passes
+            ]
+        kept = self._trajectory.batches(step.index)[len(step.batches) :] if step.passes else []
+        return [(one.ids, to_device(batch, self.device)) for one, batch in zip(step.passes, kept, strict=True)]
+
     def batches(self, step: StepRecord, *, compare: bool = True) -> list[tuple[Tensor, Any]]:
         """(ids, batch) of each micro-batch of a step, on the device; with ``compare`` its content is compared."""
         if self._trajectory.keeps_batches:
@@ -136,9 +147,9 @@ class Replayer:
         self._follow(step)
         for param in self._params.values():
             param.grad = None
-        random = []
+        random, passed = list[RandomState | None](), list[RandomState | None]()
         for k, (ids, batch) in enumerate(self.batches(step, compare=compare)):
-            self._pass_by(step, k)
+            passed += self._pass_by(step, k)
             draw = step.draws[k] if step.draws else None
             cast = step.autocast[k] if step.autocast else None
             with self._draws.drawing(draw) as start, torch.enable_grad():
@@ -147,8 +158,8 @@ class Replayer:
                 with autocast_as(cast if cast is not None and cast.backward else None, self.device.type):
                     (scalar if step.scale is None else scalar * self._number(step.scale)).backward()
             random.append(start)
-        self._pass_by(step, len(step.batches))
-        self.random = tuple(random)
+        passed += self._pass_by(step, len(step.batches))
+        self.random = (*random, *passed)
         for param in self._trained:
             if param.grad is None:  # unreached now, yet the recorded gradient was zeros and took part in the step
                 param.grad = torch.zeros_like(param)
@@ -165,20 +176,21 @@ class Replayer:
         scalar = self._problem.reduction.scalar(batch, losses, weights)
         return scalar + self._problem.penalty_of(self.module) if first and self._problem.penalty is not None else scalar
 
-    def _pass_by(self, step: StepRecord, place: int) -> None:
+    def _pass_by(self, step: StepRecord, place: int) -> list[RandomState | None]:
         """Run the model on batches that were skipped at this place, for what their forward pass does to buffers."""
-        passed = [(number, one) for number, one in enumerate(step.passes) if one.place == place]
-        for number, one in passed:
+        if not any(one.place == place for one in step.passes):
+            return []
+        random = []
+        for one, (_, batch) in zip(step.passes, self.passed(step), strict=True):
+            if one.place != place:
+                continue
             self._follow_modes(one.modes)
-            if self._trajectory.keeps_batches:
-                kept = self._trajectory.batches(step.index)[len(step.batches) + number]
-                batch = to_device(kept, self.device)
-            else:
-                batch = self._checked(one.ids, one.digests, one.epoch, step.index)
-            with self._draws.drawing(one.draw), torch.enable_grad(), autocast_as(one.autocast, self.device.type):
+            cast = autocast_as(one.autocast, self.device.type)
+            with self._draws.drawing(one.draw) as start, torch.enable_grad(), cast:
                 self._problem.loss(self.module, batch)  # with gradients on, so that the kernels are those of training
-        if passed:
-            self._follow_modes(step.modes)
+            random.append(start)
+        self._follow_modes(step.modes)
+        return random
 
     def _number(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float32, device=self.device)
