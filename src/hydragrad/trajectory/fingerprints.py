@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ class Reading(NamedTuple):
     """What is read of a step's gradients at once; the rest of the work can wait. Nothing: no gradient came."""
 
     members: tuple[int, ...]
-    norms: tuple[Tensor, ...] = ()
+    norms: Sequence[float] | Sequence[Tensor] = ()
     sample: Tensor = torch.zeros(0)
 
 
@@ -53,7 +53,10 @@ class GradientFingerprint:
             self._plans[members] = _Plan.of(members, self._numels)
         plan = self._plans[members]
         sample = present[plan.sampled].as_strided((plan.count,), (plan.stride,)).clone()
-        return Reading(members, tuple(torch._foreach_norm(present)), sample)  # type: ignore[attr-defined]
+        norms = torch._foreach_norm(present)  # type: ignore[attr-defined]
+        if sample.device.type == "cpu":  # a number needs a tenth of its tensor's memory
+            norms = [norm.item() for norm in norms]
+        return Reading(members, norms, sample)
 
     @torch.no_grad()
     def finish(self, readings: Sequence[Reading]) -> list[Tensor]:
@@ -61,7 +64,7 @@ class GradientFingerprint:
         found = [torch.zeros(3, dtype=torch.float64) for _ in readings]
         for members in {reading.members for reading in readings if reading.members}:
             places = [k for k, reading in enumerate(readings) if reading.members == members]
-            norms = torch.stack([norm for k in places for norm in readings[k].norms]).reshape(len(places), -1)
+            norms = _rows([readings[k].norms for k in places])
             samples = torch.stack([readings[k].sample for k in places])
             for k, row in zip(places, self._plans[members].fingerprints(norms, samples), strict=True):
                 found[k] = row
@@ -94,6 +97,13 @@ class _Plan:
         total = np.sqrt((plain[:, : norms.shape[1]] ** 2).sum(1))
         projections = [(plain * signs).sum(1) for signs in self.signs]
         return torch.from_numpy(np.stack([total, *projections], 1))
+
+
+def _rows(norms: Sequence[Any]) -> Tensor:
+    """Numbers, or tensors of one number each, [n, tensors]."""
+    if isinstance(norms[0][0], float):
+        return torch.tensor(norms, dtype=torch.float64)
+    return torch.stack([norm for row in norms for norm in row]).reshape(len(norms), -1)
 
 
 def _dense(grad: Tensor) -> Tensor:

@@ -29,29 +29,33 @@ class Look:
     """Generators at one moment: their states, comparable by ``==``, and marks that move with every draw (or None)."""
 
     states: Mapping[str, Any]
-    marks: Mapping[str, Any]
+    marks: list[Any]
 
 
-def look(device: torch.device, names: Sequence[str], before: Look | None = None) -> Look:
-    """The generators now; ``before``: an earlier look, itself given back if nothing was drawn since."""
-    marks = {name: _MARKS[name](device) for name in names}
-    if before is None:
-        return _read(device, marks, Look({}, {}))
-    if marks == before.marks and None not in marks.values():
-        return before
-    return _read(device, marks, before)
+@final
+class Looker:
+    """Looks at these generators."""
 
+    def __init__(self, device: torch.device, names: Sequence[str]) -> None:
+        self.names, self._device = tuple(names), device
+        marks = {"torch": torch_mark, "numpy": numpy_mark, "python": python_mark, "cuda": lambda: _cuda_now(device)}
+        self._marks = [marks[name] for name in names]
 
-def _read(device: torch.device, marks: dict[str, Any], before: Look) -> Look:
-    states = {}
-    for name, mark in marks.items():
-        if mark is not None and mark == before.marks.get(name):
-            states[name] = before.states[name]
-        else:
-            states[name] = _STATES[name](device)
-            if _keeps_a_normal(name, states[name]):
-                marks[name] = None
-    return Look(states, marks)
+    def look(self, before: Look | None = None) -> Look:
+        """The generators now; ``before``: an earlier look, itself given back if nothing was drawn since."""
+        marks = [mark() for mark in self._marks]
+        if before is not None and marks == before.marks and None not in marks:
+            return before
+        states, known = ({}, [None] * len(marks)) if before is None else (before.states, before.marks)
+        now = {}
+        for k, name in enumerate(self.names):
+            if marks[k] is not None and marks[k] == known[k]:
+                now[name] = states[name]
+            else:
+                now[name] = _STATES[name](self._device)
+                if _keeps_a_normal(name, now[name]):
+                    marks[k] = None
+        return Look(now, marks)
 
 
 def changed(before: Look, after: Look) -> list[str]:
@@ -92,14 +96,7 @@ def _numpy_now() -> tuple[bytes, int, float]:
     return words, int(state["has_gauss"]), float(state["gauss"])
 
 
-_Reads = dict[str, Callable[[torch.device], Any]]
-_MARKS: _Reads = {
-    "torch": lambda _: torch_mark(),
-    "cuda": _cuda_now,
-    "numpy": lambda _: numpy_mark(),
-    "python": lambda _: python_mark(),
-}
-_STATES: _Reads = {
+_STATES: dict[str, Callable[[torch.device], Any]] = {
     "torch": lambda _: _torch_now(),
     "cuda": _cuda_now,
     "numpy": lambda _: _numpy_now(),

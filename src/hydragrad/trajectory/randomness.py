@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hydragrad.errors import StoreError, message
-from hydragrad.trajectory.generators import GENERATORS, Look, changed, look, put, to_tensor
+from hydragrad.trajectory.generators import GENERATORS, Look, Looker, changed, put, to_tensor
 
 _CPU = torch.device("cpu")
 _ON_CPU = ("torch", "numpy", "python")
@@ -42,7 +42,7 @@ class RandomState:
         """The states now."""
         device = torch.device(device)
         chosen = [name for name in generators if name != "cuda" or device.type == "cuda"]
-        found = look(device, chosen).states
+        found = Looker(device, chosen).look().states
         return RandomState.of({name: to_tensor(name, value) for name, value in found.items()}, device)
 
     @staticmethod
@@ -125,18 +125,20 @@ class Seeding:
 
     def __init__(self) -> None:
         self._seeded: tuple[str, ...] = ("torch",)
+        self._looker = Looker(_CPU, _ON_CPU)
 
     def each(self, function: Callable[[Any], Any], items: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
         """``[function(item) for item in items]``; afterwards the generators are as the caller had them."""
-        before = look(_CPU, _ON_CPU)
+        look = self._looker.look
+        before = look()
         try:
             made = self._each(function, items, numbers)
-            if self._seeded is not _ON_CPU and set(changed(before, look(_CPU, _ON_CPU, before))) - set(self._seeded):
+            if self._seeded is not _ON_CPU and set(changed(before, look(before))) - set(self._seeded):
                 self._seeded = _ON_CPU
                 made = self._each(function, items, numbers)
             return made
         finally:
-            for name in changed(before, look(_CPU, _ON_CPU, before)):
+            for name in changed(before, look(before)):
                 put(name, to_tensor(name, before.states[name]), _CPU)
 
     def _each(self, function: Callable[[Any], Any], items: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
@@ -160,14 +162,13 @@ class RandomWatch:
     """Looks at the generators around every micro-batch and says what was drawn from."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._names = tuple(name for name in GENERATORS if name != "cuda" or device.type == "cuda")
+        self._looker = Looker(device, [name for name in GENERATORS if name != "cuda" or device.type == "cuda"])
         self._open = False
         self._last: Look | None = None
 
     def begin(self) -> None:
         """A micro-batch begins."""
-        self._last, self._open = look(self._device, self._names, self._last), True
+        self._last, self._open = self._looker.look(self._last), True
 
     def end(self) -> Drawn | None:
         """It ended; None: nothing was drawn."""
@@ -175,7 +176,7 @@ class RandomWatch:
             return None
         before, self._open = self._last, False
         assert before is not None
-        self._last = after = look(self._device, self._names, before)
+        self._last = after = self._looker.look(before)
         if after is before:
             return None
         drawn = changed(before, after)

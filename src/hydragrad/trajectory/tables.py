@@ -12,6 +12,7 @@ from hydragrad.trajectory.state import Pass
 from hydragrad.trajectory.watching import Autocast
 
 _NOTHING, _CONTINUES = -2, -1
+_NEVER = object()
 
 
 @final
@@ -21,11 +22,11 @@ class Table:
     def __init__(self) -> None:
         self.rows: list[Any] = []
         self._places: dict[str, int] = {}
-        self._last: tuple[Any, int] = (None, -1)
+        self._last: tuple[Any, int] = (_NEVER, -1)
 
     def place(self, row: Any, plain: Callable[[Any], Any] = lambda row: row) -> int:
         """The row's place; ``plain`` makes it JSON. The very object of the call before is known at once."""
-        if row is not None and row is self._last[0]:
+        if row is self._last[0]:
             return self._last[1]
         self._last = (row, self._placed(plain(row)))
         return self._last[1]

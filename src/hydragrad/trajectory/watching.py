@@ -81,6 +81,9 @@ class Ran:
     modes: Mapping[str, bool] | None
 
 
+_PLAINLY = Ran(None, None)
+
+
 @final
 class ModelWatch:
     """Follows the model from batch to batch through a hook before its forward pass."""
@@ -129,6 +132,8 @@ class ModelWatch:
     def end(self) -> Ran:
         """It ended."""
         moved = bool(self._holders) and self._version() != self._versions
+        if not moved and self._autocast is None:
+            return _PLAINLY
         return Ran(self._autocast, self._modes.now() if moved else None)
 
     def _version(self) -> list[tuple[int, int]]:
