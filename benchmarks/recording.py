@@ -7,6 +7,7 @@ processor's time (of all threads) and of the clock, and what the recorded one to
 """
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 import time
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import hydragrad as hg
 from benchmarks.workloads import LeNet5, fashion, loss
+from hydragrad.trajectory import loaders
+from hydragrad.trajectory import recording as recorder
+from hydragrad.trajectory.fingerprints import GradientFingerprint
+from hydragrad.trajectory.noting import StepNotes
+from hydragrad.trajectory.randomness import RandomWatch
+from hydragrad.trajectory.segments import Segments
 
 GOAL = 0.05
 _STEPS, _TURN, _BATCH = 100, 10, 64
@@ -140,6 +148,42 @@ def overhead(training: Training, folder: Path, seconds: float) -> dict[str, Any]
     return found
 
 
+def parts(training: Training, folder: Path, count: int = 1000) -> dict[str, float]:
+    """Medians of the time inside each part of recording where it stands, microseconds a call, by name.
+
+    That counts the reading of the clock, and not what a part pushes out of the cache.
+    """
+    took: dict[str, list[int]] = {}
+
+    def timed(owner: Any, name: str, label: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter_ns()
+            try:
+                return real(*args, **kwargs)
+            finally:
+                took.setdefault(label, []).append(time.perf_counter_ns() - began)
+
+        patches.enter_context(mock.patch.object(owner, name, call))
+
+    torch.manual_seed(0)
+    model = training.model()
+    optimizer = training.optimizer(model)
+    with contextlib.ExitStack() as patches, hg.record(folder, model, optimizer, checkpoint_every=_STEPS) as recording:
+        timed(recorder, "batch_digests", "digests of the batch")
+        timed(GradientFingerprint, "read", "fingerprint of the gradient")
+        timed(RandomWatch, "begin", "random generators, before")
+        timed(RandomWatch, "end", "random generators, after")
+        timed(StepNotes, "note", "all notes of a step, the fingerprint among them")
+        timed(loaders, "as_ids", "ids of the batch")
+        timed(Segments, "begin", "at a checkpoint: the state copied")
+        timed(Segments, "_write", "at a checkpoint: written beside the training")
+        list(islice(loop := steps(training, recording, model, optimizer), count))
+        loop.close()  # type: ignore[attr-defined]
+    return {label: statistics.median(times) / 1e3 for label, times in took.items()}
+
+
 def described(name: str, found: dict[str, Any], threads: int) -> str:
     """In words."""
     lines = [f"recording, {name} ({found['pairs']} pairs of {_STEPS} steps, {threads} threads)"]
@@ -155,12 +199,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What recording adds to training.")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=40.0, help="for each training")
+    parser.add_argument("--parts", action="store_true", help="the time inside each part, in place of the whole")
     parser.add_argument("--only", default="", help="trainings whose name holds this")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for name, training in trainings().items():
         if options.only in name:
             with tempfile.TemporaryDirectory() as folder:
+                if options.parts:
+                    print(f"recording, {name}, microseconds a call ({options.threads} threads)")
+                    for label, time_taken in parts(training, Path(folder) / "run").items():
+                        print(f"  {label:50} {time_taken:8.1f}", flush=True)
+                    continue
                 found = overhead(training, Path(folder) / "run", options.seconds)
             print(described(name, found, options.threads), flush=True)
 
