@@ -116,7 +116,11 @@ def counted_loads(patch: pytest.MonkeyPatch) -> None:
 def test_a_plan_predicts_what_a_sweep_allocates(
     run: hg.Run, dtype: torch.dtype, method: str, tight: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within a quarter, planning included: the result, adjoints, states kept, copies of the model, a block's work."""
+    """The result, adjoints, states kept, copies of the model, a block's work: within 8 % where there is room for all.
+
+    Under a tight budget, planning included, within a quarter: the work of fewer queries than a block is interpolated.
+    """
+    allowed = 0.08 if tight is None else 0.25
     plans = list[hg.Plan]()
 
     def choose(sweep: Sweep, *_: Any, **__: Any) -> Any:
@@ -136,4 +140,4 @@ def test_a_plan_predicts_what_a_sweep_allocates(
         hg.attribute(run, queries, method=method, memory=memory, check=False, progress=False)
     (plan,) = plans
     assert plan.peak_bytes <= plan.budget
-    assert plan.peak_bytes == pytest.approx(counted.peak, rel=0.25), f"{plan.peak_bytes / counted.peak:.2f} {plan}"
+    assert plan.peak_bytes == pytest.approx(counted.peak, rel=allowed), f"{plan.peak_bytes / counted.peak:.2f} {plan}"
