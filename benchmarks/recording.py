@@ -44,6 +44,7 @@ class Training:
     data: Dataset
     recorded_data: Dataset
     limit: float | None = None
+    decay: float | None = None
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -83,7 +84,9 @@ def trainings() -> dict[str, Training]:
     moved = Shifted(data)
     return {
         "LeNet-5": Training(LeNet5, data, data),
-        "BatchNorm, augmentation, dropout, clipping": Training(normalized, moved, hg.Augmented(moved), 1.0),
+        "BatchNorm, dropout, augmentation, clipping, schedule": Training(
+            normalized, moved, hg.Augmented(moved), limit=1.0, decay=0.9999
+        ),
     }
 
 
@@ -92,6 +95,7 @@ def steps(training: Training, recording: hg.Recording | None, model: nn.Module, 
     data = training.data if recording is None else training.recorded_data
     loader = DataLoader(data, batch_size=_BATCH, shuffle=True)
     clip = nn.utils.clip_grad_norm_ if recording is None else recording.clip_grad_norm_
+    schedule = None if training.decay is None else torch.optim.lr_scheduler.ExponentialLR(optimizer, training.decay)
     while True:
         for batch in loader if recording is None else recording.batches(loader):
             optimizer.zero_grad()
@@ -99,6 +103,8 @@ def steps(training: Training, recording: hg.Recording | None, model: nn.Module, 
             if training.limit is not None:
                 clip(model.parameters(), training.limit)
             optimizer.step()
+            if schedule is not None:
+                schedule.step()  # the rate changes at every step
             yield
 
 
