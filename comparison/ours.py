@@ -5,6 +5,7 @@ from typing import Any
 
 import hydragrad as hg
 from comparison.exchange import Answer, Folder, UnfitError, work
+from comparison.tasks import TASKS
 from comparison.truth import open_run
 from hydragrad import baselines
 from hydragrad.signals.along import mean_losses
@@ -20,6 +21,10 @@ def _attributed(method: str, **settings: Any) -> Callable[[Folder], Answer]:
         return Answer(found.values, note=f"verdict: {found.diagnostics.verdict}; {found.diagnostics.plan}")
 
     return attributed
+
+
+def _smoothed(folder: Folder) -> Answer:
+    return _attributed("exact", smoothing=TASKS[folder.about.name].smoothing)(folder)
 
 
 def _baseline(method: Callable[..., hg.Attribution], **settings: object) -> Callable[[Folder], Answer]:
@@ -56,7 +61,7 @@ Methods = dict[str, Callable[[Folder], Answer]]
 
 HYPERGRADIENTS: Methods = {
     "exact": _attributed("exact"),
-    "smoothed": _attributed("exact", smoothing=16),
+    "smoothed": _smoothed,
     "gauss-newton": _attributed("gauss-newton"),
     "hessian-free": _attributed("hessian-free"),
 }
