@@ -25,6 +25,14 @@ def lenet() -> nn.Module:
     )  # fmt: skip
 
 
+def first_lenet() -> nn.Module:
+    """LeNet-5 as it was published, nearly: tanh, average pooling."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2),
+        nn.Flatten(), nn.Linear(400, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, 10),
+    )  # fmt: skip
+
+
 def batchnorm_cnn() -> nn.Module:
     """Three convolutions, each with BatchNorm; smooth throughout."""
     widths = (3, 16, 32, 32)
@@ -74,6 +82,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": mlp,
     "logistic": logistic,
     "lenet": lenet,
+    "lenet-tanh": first_lenet,
     "batchnorm-cnn": batchnorm_cnn,
     "transformer": Transformer,
 }

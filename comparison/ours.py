@@ -24,7 +24,7 @@ def _attributed(method: str, **settings: Any) -> Callable[[Folder], Answer]:
 
 
 def _smoothed(folder: Folder) -> Answer:
-    return _attributed("exact", smoothing=TASKS[folder.about.name].smoothing)(folder)
+    return _attributed("exact", smoothing=TASKS[folder.about.task].smoothing)(folder)
 
 
 def _baseline(method: Callable[..., hg.Attribution], **settings: object) -> Callable[[Folder], Answer]:

@@ -159,6 +159,10 @@ TASKS = {
             _images("fashion_mnist.npz", 2000), 10, removed=24, subsets=16, smoothing=4,
         ),
         Spec(
+            "fashion-lenet-tanh", "lenet-tanh", "classification", "sgd", {"lr": 0.02, "momentum": 0.9}, 64, 5,
+            _images("fashion_mnist.npz", 2000), 10, removed=24, subsets=16, smoothing=4,
+        ),
+        Spec(
             "cifar-batchnorm", "batchnorm-cnn", "classification", "sgd", {"lr": 0.01, "momentum": 0.9}, 64, 5,
             _images("cifar10_6k.npz", 1000), 10, removed=24, subsets=16, smoothing=4,
         ),
