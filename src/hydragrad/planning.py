@@ -23,6 +23,10 @@ PIECE_SECONDS = 60.0
 """What a piece of a resumable attribution should take at most; longer where its replay alone takes half of that."""
 
 
+_ABOUT = 1.5
+"""How far above a refusal's least memory a budget is still meant as an answer to it."""
+
+
 @final
 @dataclass(frozen=True)
 class Plan:
@@ -138,13 +142,17 @@ def plan_sweep(
     check_method(method)
     budget = _free(sweep.replayer.device) // 2 if memory is None else bytes_of(memory, "memory")
     room = 0 if disk is None else bytes_of(disk, "disk")
-    if again is None:
-        chosen = choose(sweep, queries, method, memory=budget, block=block, compile=compile)
-    else:
-        chosen = fixed(sweep, method, again.engine, again.block)
-    costs = Costs.of(chosen) if forward else rehearse(sweep, chosen, queries, budget)
     rows = sweep.run.num_examples if rows is None else rows
-    needs = Needs.of(sweep, chosen, costs, queries, rows, reweighted)
+    # A refusal names the least memory with the engine it met: asked again with about that much, it is the one meant.
+    key = ("refused", method, queries, rows, reweighted, sweep.stop, sweep.objective.names)
+    chosen, needs, least = sweep.run.memo.get(key, (None, None, budget + 1))
+    if again is not None or forward or chosen is None or not least <= budget < _ABOUT * least:
+        if again is None:
+            chosen = choose(sweep, queries, method, memory=budget, block=block, compile=compile)
+        else:
+            chosen = fixed(sweep, method, again.engine, again.block)
+        costs = Costs.of(chosen) if forward else rehearse(sweep, chosen, queries, budget)
+        needs = Needs.of(sweep, chosen, costs, queries, rows, reweighted)
     if forward:
         needs = replace(needs, stretches=((1, sweep.stop),))  # every state is passed by, none is kept
     if again is None:
@@ -153,26 +161,24 @@ def plan_sweep(
         arranged = Arrangement(again.carried, again.segment, again.on_disk)
     if pieces and again is None:
         replay = needs.replay_seconds(arranged)
-        wanted = max(PIECE_SECONDS - replay, replay) / (sweep.stop * costs.query)
+        wanted = max(PIECE_SECONDS - replay, replay) / (sweep.stop * needs.costs.query)
         arranged = arranged.narrowed(queries, max(chosen.block, int(wanted)))
         made = fixed(sweep, method, name_of(chosen.engine), min(chosen.block, arranged.carried))
         chosen = replace(made, reasons=chosen.reasons)  # as a later call will make it
+    if memory is not None and again is None and not forward and needs.bytes(arranged) > budget:
+        sweep.run.memo[key] = chosen, needs, needs.bytes(arranged)
+        raise UnsupportedError(_too_little(needs.bytes(arranged), budget))
     chosen = chosen.limited(arranged.carried)
-    if memory is not None and again is None and not forward:
-        _refuse_less(needs.bytes(arranged), budget)
     return _plan(method, needs, arranged, chosen, budget, pieces, again)
 
 
-def _refuse_less(needed: int, budget: int) -> None:
-    if needed > budget:
-        raise UnsupportedError(
-            message(
-                "memory is too small for any sweep",
-                expected=f"at least {needed} bytes ({in_words(needed)}): one query at a time, two states kept",
-                got=f"{budget} bytes",
-                remedy="allow more memory, or ask fewer queries or rows (aggregate=, groups=, train=)",
-            )
-        )
+def _too_little(needed: int, budget: int) -> str:
+    return message(
+        "memory is too small for any sweep",
+        expected=f"at least {needed} bytes ({in_words(needed)}): one query at a time, two states kept",
+        got=f"{budget} bytes",
+        remedy="allow more memory, or ask fewer queries or rows (aggregate=, groups=, train=)",
+    )
 
 
 def _plan(

@@ -67,7 +67,7 @@ def test_the_table_averages_seeds_and_names_the_silent_and_the_absent():
 
 def test_the_best_of_the_others_is_neither_ours_nor_the_same_derivative():
     row = summary({"a-task": TASK}).splitlines()[-1]
-    assert row == ("| a-task | 0.60 ± 0.14 | 0.30 (dattri-if-cg) | 0.30 ± 0.00 |  | 0.40 (tracin) | 0.90 |  |")
+    assert row == ("| a-task | 0.60 ± 0.14 | 0.30 (dattri-if-cg) | 0.30 ± 0.00 |  | 0.40 (tracin) | 0.900 |  |  |")
 
 
 def test_findings_say_who_is_first_and_who_is_not():

