@@ -21,8 +21,10 @@ from hydragrad.step.objective import Point, Vectors
 
 _MOST_GRAPHS = 16
 """Shapes traced per function; beyond these (ragged batches) it runs untraced."""
-_RARE = 20
-"""The first form is traced at once, others when seen this often: an epoch's last batch may not be worth it."""
+_RARE = 100
+"""The first form is traced at once, others when seen this often: tracing takes as long as a hundred plain calls.
+
+So an epoch's last batch is traced where many blocks of queries meet it, not where one query does."""
 
 
 @final
