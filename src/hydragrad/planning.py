@@ -23,7 +23,7 @@ PIECE_SECONDS = 60.0
 """What a piece of a resumable attribution should take at most; longer where its replay alone takes half of that."""
 
 
-_ABOUT = 1.5
+_ABOUT = 1.05
 """How far above a refusal's least memory a budget is still meant as an answer to it."""
 
 
@@ -143,10 +143,12 @@ def plan_sweep(
     budget = _free(sweep.replayer.device) // 2 if memory is None else bytes_of(memory, "memory")
     room = 0 if disk is None else bytes_of(disk, "disk")
     rows = sweep.run.num_examples if rows is None else rows
-    # A refusal names the least memory with the engine it met: asked again with about that much, it is the one meant.
+    # A refusal names the least memory with the engine it met: asked again with that much, it is the one meant.
     key = ("refused", method, queries, rows, reweighted, sweep.stop, sweep.objective.names)
-    chosen, needs, least = sweep.run.memo.get(key, (None, None, budget + 1))
-    if again is not None or forward or chosen is None or not least <= budget < _ABOUT * least:
+    refused = None if again is not None or forward else sweep.run.memo.get(key)
+    if refused is not None and refused[2] <= budget < _ABOUT * refused[2]:
+        chosen, needs, _ = refused
+    else:
         if again is None:
             chosen = choose(sweep, queries, method, memory=budget, block=block, compile=compile)
         else:

@@ -173,6 +173,16 @@ def test_halves_compute_what_the_whole_does_and_keep_what_the_block_does_not_cha
         assert_close(found, expected, SAME)
 
 
+def test_a_slope_that_two_chains_need_is_computed_once():
+    def function(w: Tensor, x: Tensor) -> list[Tensor]:
+        y = torch.tanh(w)
+        return [aten.tanh_backward.default(x, y), aten.tanh_backward.default(x * 2.0, y)]
+
+    graph, _ = rewritten(function, 1, random(5), random(K, 5))
+    assert len(calls(graph, aten.tanh_backward.default)) == 1
+    same_numbers(function, 1, random(5), random(K, 5))
+
+
 def test_large_copies_of_what_is_small_are_made_again():
     def function(c: Tensor, x: Tensor) -> list[Tensor]:
         return [torch.bmm(x, torch.tanh(c).expand(64, 64, 64).clone())]

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hydragrad as hg
+from hydragrad.hypergradient import reverse
+from hydragrad.trajectory import moments
 from tests.hypergradient.recorded import EPOCHS, STEPS, recipe_of, recorded, values
 from tests.oracles import Recipe, closed_form, finite_differences, unroll
 from tests.tolerances import FINITE_DIFFERENCE, ORACLE, SAME, assert_close
@@ -37,6 +39,29 @@ def oracle(recipe):
 @pytest.fixture(scope="module")
 def plain(run):
     return {method: values(run, QUERIES, method) for method in METHODS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_replay_runs_the_kernels_of_training_and_a_derivative_those_that_have_one(run, method, monkeypatch):
+    fused: dict[str, list[bool]] = {"replay": [], "sweep": []}
+
+    def noting(module, name, kind):
+        real = getattr(module, name)
+
+        def noted(*given, **options):
+            fused[kind].append(torch.backends.cuda.flash_sdp_enabled())
+            return real(*given, **options)
+
+        monkeypatch.setattr(module, name, noted)
+
+    hg.plan(run, len(QUERIES), method)  # what is measured before runs either
+    noting(moments, "advance", "replay")
+    noting(reverse, "points_of", "sweep")
+    values(run, QUERIES, method, memory=1)  # few states: many stretches
+    assert len(fused["replay"]) > run.num_steps
+    assert len(fused["sweep"]) >= run.num_steps
+    assert all(fused["replay"])
+    assert not any(fused["sweep"])
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -3,7 +3,7 @@
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -19,11 +19,7 @@ from hydragrad.hypergradient.reverse import Adjoint, Direction, hessian_free_swe
 from hydragrad.hypergradient.scaled import ScaledEngine
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.hypergradient.watch import looked_at_always
-from hydragrad.trajectory.moments import Moment, advance, batches_of
-from hydragrad.trajectory.randomness import RandomState
-from hydragrad.trajectory.state import State
-
-_Revisited = tuple[State, dict[str, Tensor], tuple[RandomState | None, ...]]
+from hydragrad.trajectory.moments import Revisited, advance, backwards
 
 STEPS, FEWEST = 16, 3
 """Steps rehearsed at a time, and the fewest that are worth it."""
@@ -151,9 +147,9 @@ class Rehearsal:
         if wide > narrow:
             self._back(self._forth(laps), wide, laps.wide)
 
-    def _forth(self, laps: _Laps) -> list[_Revisited]:
+    def _forth(self, laps: _Laps) -> list[Revisited]:
         """The steps taken, with the states and gradients that a sweep keeps."""
-        replayer, moments = self._sweep.replayer, list[_Revisited]()
+        replayer, moments = self._sweep.replayer, list[Revisited]()
         replayer.restore(self._state)
         for record in self._sweep.run.trajectory.steps[self._state.step : self._stop]:
             at = [self._now()]
@@ -165,21 +161,16 @@ class Rehearsal:
             laps.advance.append(at[2] - at[1])
         return moments
 
-    def _back(self, moments: list[_Revisited], queries: int, laps: list[float]) -> int:
+    def _back(self, moments: list[Revisited], queries: int, laps: list[float]) -> int:
         """A sweep back over ``moments``, with adjoints of ones; the bytes that it holds from step to step."""
-        sweep, engine, replayer = self._sweep, self._chosen.engine, self._sweep.replayer
+        sweep, engine = self._sweep, self._chosen.engine
         slots = sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups)
         last = moments[-1][0]
         like = [last.params[name] for name in sweep.objective.names]
         ones = tuple(x.new_ones((queries, *x.shape)) for x in like)
         scores = like[0].new_zeros(sweep.run.num_examples, queries)
         bad, marks = FirstBad(sweep.objective.names), list[float]()
-
-        def revisited() -> Iterator[Moment]:
-            while moments:
-                before, gradient, random = moments.pop()
-                record = sweep.run.steps[before.step]
-                yield Moment(record, before, gradient, batches_of(replayer, record), random)
+        revisited = backwards(moments, self._sweep.replayer, sweep.run.steps)
 
         def sink(ids: Tensor, chosen: slice, terms: Tensor, _: int) -> None:
             terms = terms.flatten(2).sum(2) if terms.dim() > 2 else terms
@@ -193,12 +184,12 @@ class Rehearsal:
         common = (min(self._chosen.block, queries), sink, watch)
         if isinstance(engine, ScaledEngine):
             held = [*ones, scores]
-            hessian_free_sweep([revisited()], sweep.objective, sweep.optimizer, engine, ones, slots, *common)
+            hessian_free_sweep([revisited], sweep.objective, sweep.optimizer, engine, ones, slots, *common)
         else:
             buffers = (last.buffers[name] for name in sweep.objective.carried)
             adjoint = start(ones, slots, tuple(x.new_zeros((queries, *x.shape)) for x in buffers))
             held = [*adjoint.lam, *adjoint.bet, *(x for slots in adjoint.sig for x in slots.values()), scores]
-            reverse_sweep([revisited()], sweep.objective, sweep.optimizer, engine, adjoint, *common)
+            reverse_sweep([revisited], sweep.objective, sweep.optimizer, engine, adjoint, *common)
         laps.extend(b - a for a, b in itertools.pairwise(marks))
         return sum(x.nbytes for x in held)
 

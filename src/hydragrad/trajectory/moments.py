@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -17,7 +17,8 @@ from hydragrad.trajectory.spilling import Spill
 from hydragrad.trajectory.state import State, StepRecord
 from hydragrad.trajectory.store import Trajectory
 
-_Revisited = tuple[State, dict[str, Tensor], tuple[RandomState | None, ...]]
+Revisited = tuple[State, dict[str, Tensor], tuple[RandomState | None, ...]]
+"""The state before a step, its gradient, the random states of its micro-batches."""
 
 
 @final
@@ -51,6 +52,17 @@ def advance(
 def batches_of(replayer: Replayer, record: StepRecord) -> list[tuple[Tensor, Any]]:
     """(ids, batch) of a step's micro-batches, then of the skipped ones that changed buffers; not compared."""
     return [*replayer.batches(record, compare=False), *replayer.passed(record, compare=False)]
+
+
+def backwards(
+    revisited: list[Revisited], replayer: Replayer, steps: Sequence[StepRecord], weights: Tensor | None = None
+) -> Iterator[Moment]:
+    """The moments of revisited steps, the last first, each forgotten when the next is asked for."""
+    while revisited:
+        before, gradient, random = revisited.pop()
+        record = steps[before.step]
+        yield Moment(record, before, gradient, batches_of(replayer, record), random, weights)
+        del before, gradient
 
 
 def forwards(replayer: Replayer, trajectory: Trajectory, stop: int) -> Iterator[Moment]:
@@ -161,15 +173,7 @@ class Backwards:
                 self._compared(first.step)
                 moments = self._replayed(first, stop, compare=True)
                 del first
-        return self._handed_out(moments)
-
-    def _handed_out(self, moments: list[_Revisited]) -> Iterator[Moment]:
-        """The last first, each forgotten when the next is asked for."""
-        while moments:
-            before, gradient, random = moments.pop()
-            record = self.trajectory.steps[before.step]
-            yield Moment(record, before, gradient, batches_of(self.replayer, record), random, self.trajectory.weights)
-            del before, gradient
+        return backwards(moments, self.replayer, self.trajectory.steps, self.trajectory.weights)
 
     def _compared(self, stop: int) -> None:
         """Go from the recorded state before ``stop`` up to it, comparing: what led astray may lie there."""
@@ -178,10 +182,10 @@ class Backwards:
         for t in range(start, stop):
             self._advance(t, compare=True)
 
-    def _replayed(self, state: State, stop: int, *, compare: bool) -> list[_Revisited]:
+    def _replayed(self, state: State, stop: int, *, compare: bool) -> list[Revisited]:
         """The state before each step, its gradient, the random states of its micro-batches."""
         self.replayer.restore(state)
-        moments: list[_Revisited] = []
+        moments: list[Revisited] = []
         for t in range(state.step, stop):
             here = t == state.step and self.replayer.device.type == "cpu"
             before = state if here else self.replayer.state()
