@@ -1,6 +1,5 @@
-"""Scores of reweighted runs against dense oracles at those weights; their means; what is planned, checked and said."""
+"""Scores of reweighted runs against dense oracles at those weights; their means, their states."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hydragrad as hg
-from hydragrad import attributing, smoothing
-from hydragrad.hypergradient import watch as watching
+from hydragrad import attributing
 from hydragrad.hypergradient.choosing import Fixed
 from hydragrad.scoring import Rows, Scores
 from hydragrad.smoothing import removals
@@ -301,130 +299,3 @@ def test_it_begins_where_the_weights_begin_to_matter(tmp_path: Path) -> None:
     assert_same_params(made.state(3).params, run.trajectory.state(3).params)
     assert_same_params(made.state(9).params, run.replay(weights=weights, until=9).params)
     assert not torch.equal(made.state(9).params["0.weight"], run.trajectory.state(9).params["0.weight"])
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Around it
-
-
-def test_a_killed_sweep_goes_on_and_ends_the_same(run: hg.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = attributing.plan_sweep
-    fixed = Fixed("traced:reverse-over-reverse", 2, 3, 2)
-    monkeypatch.setattr(attributing, "plan_sweep", lambda *a, again=None, **o: real(*a, again=again or fixed, **o))
-    asked: dict[str, Any] = {"smoothing": 3, "fraction": 0.25, "progress": False, "check": False}
-    straight = hg.attribute(run, PROBLEM.queries, **asked, resume=tmp_path / "straight")
-    watch, steps = attributing.Watch.__call__, 0
-
-    def dies(self: Any, step: int, adjoint: Any) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == left:
-            raise KeyboardInterrupt
-        watch(self, step, adjoint)
-
-    monkeypatch.setattr(attributing.Watch, "__call__", dies)
-    left, calls = 12, 0  # of seven steps a piece: every call finishes one
-    while True:
-        steps, calls = 0, calls + 1
-        try:
-            again = hg.attribute(run, PROBLEM.queries, **asked, resume=tmp_path / "killed")
-            break
-        except KeyboardInterrupt:
-            continue
-    assert calls > 3
-    assert torch.equal(again.values, straight.values)
-    assert again.diagnostics.smoothing == straight.diagnostics.smoothing
-    with pytest.raises(hg.MismatchError, match="smoothing"):
-        hg.attribute(run, PROBLEM.queries, smoothing=3, fraction=0.5, check=False, resume=tmp_path / "killed")
-    with pytest.raises(hg.MismatchError, match="smoothing"):
-        hg.attribute(run, PROBLEM.queries, check=False, resume=tmp_path / "killed")
-
-
-def test_the_plan_counts_the_runs(run: hg.Run) -> None:
-    one, four = (hg.plan(run, 6, block=2, compile=False, smoothing=runs) for runs in (1, 4))
-    plain = hg.plan(run, 6, block=2, compile=False)
-    assert (plain.reweighted, one.reweighted, four.reweighted) == (0, 1, 4)
-    assert four.sweeps == 4 * one.sweeps == 4 * plain.sweeps
-    assert four.seconds > 2 * one.seconds
-    assert "4 reweighted run(s)" in str(four)
-    assert "reweighted" not in str(plain)
-    assert one.segment == math.isqrt(len(STEPS) - 1) + 1
-
-
-def test_the_bar_counts_every_step_of_every_run(run: hg.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    bars: list[Any] = []
-    real = watching.tqdm
-
-    def noted(*args: Any, **options: Any) -> Any:
-        bars.append(real(*args, **{**options, "disable": False, "delay": 1e9}))
-        return bars[-1]
-
-    monkeypatch.setattr(watching, "tqdm", noted)
-    hg.attribute(run, PROBLEM.queries, smoothing=3, fraction=0.25, check=False, progress=False)
-    assert bars[0].n == bars[0].total == (3 + 2) * len(STEPS)  # the recorded run is not taken again
-
-
-def test_the_check_compares_with_retraining_without_other_subsets(run: hg.Run) -> None:
-    scores = hg.attribute(run, PROBLEM.queries, smoothing=4, fraction=0.25, seed=3)
-    found = scores.diagnostics.smoothing
-    assert found is not None
-    assert (found.runs, found.fraction, found.subsets) == (4, 0.25, smoothing.SUBSETS)
-    assert scores.diagnostics.ladder == ()
-    before = losses(run, None)
-    generator = torch.Generator().manual_seed(4)
-    actual, predicted = [], []
-    for _ in range(found.subsets):
-        removed = torch.randperm(N_TRAIN, generator=generator)[:3]
-        actual.append(losses(run, torch.ones(N_TRAIN).index_fill(0, removed, 0.0)) - before)
-        predicted.append(scores.values[removed].sum(0))
-    a, p = (torch.stack(x) - torch.stack(x).mean(0) for x in (actual, predicted))
-    assert found.correlation == pytest.approx(float((a * p).sum() / a.norm() / p.norm()), rel=1e-9)
-    assert found.error == pytest.approx(float((a - p).norm() / a.norm()), rel=1e-9)
-    said = str(scores.diagnostics)
-    assert "the run and 3 without 0.25" in said
-    assert "seed 3" in said
-    assert "25%" in " ".join(scores.diagnostics.reasons)
-    again = hg.Attribution.load(scores.save(run.trajectory.folder.parent / "scores.safetensors"))
-    assert again.diagnostics == scores.diagnostics
-
-
-def losses(run: hg.Run, weights: Tensor | None) -> Tensor:
-    state = run.replay(weights=weights)
-    model = PROBLEM.build()
-    model.load_state_dict(state.params | state.buffers)
-    inputs, labels = (torch.stack(x) for x in zip(*PROBLEM.queries, strict=True))
-    return PROBLEM.loss(model.eval(), (inputs, labels)).detach()
-
-
-@pytest.mark.parametrize(
-    ("correlation", "verdict"), [(0.9, "reliable"), (0.4, "doubtful"), (0.1, "meaningless"), (math.nan, "meaningless")]
-)
-def test_verdicts(correlation: float, verdict: str) -> None:
-    found = smoothing.Smoothing(8, 0.1, 0.2, 8, 0.5, correlation)
-    assert smoothing.judge(found, "exact")[0] == verdict
-    assert smoothing.judge(replace(found, failure="it diverged"), "exact")[0] == "meaningless"
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_scores_at_weights_are_checked_around_them(run: hg.Run, seed: int) -> None:
-    found = hg.attribute(run, PROBLEM.queries, weights=WEIGHTS, seed=seed).diagnostics
-    assert found.smoothing is None
-    assert found.ladder[0].error < 0.1
-    assert not set(found.examples) & {1, 7, 11}  # removed ones are not removed again
-
-
-def test_refusals(run: hg.Run) -> None:
-    for wrong in (0, -1, True):
-        with pytest.raises(hg.UnsupportedError, match="smoothing is no number"):
-            values(run, PROBLEM.queries, smoothing=wrong)
-    for wrong in (-0.1, 1.0, float("nan")):
-        with pytest.raises(hg.UnsupportedError, match="fraction"):
-            values(run, PROBLEM.queries, smoothing=2, fraction=wrong)
-    with pytest.raises(hg.MismatchError, match="together"):
-        values(run, PROBLEM.queries, smoothing=2, weights=WEIGHTS)
-    with pytest.raises(hg.MismatchError, match="weights do not fit"):
-        values(run, PROBLEM.queries, weights=WEIGHTS[1:])
-    with pytest.raises(hg.NonFiniteError, match="weights"):
-        values(run, PROBLEM.queries, weights=WEIGHTS * math.nan)
-    with pytest.raises(hg.UnsupportedError, match="smoothing is no number"):
-        hg.plan(run, 3, smoothing=0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 import torch
 
@@ -169,17 +169,19 @@ def plan_sweep(
         chosen = replace(made, reasons=chosen.reasons)  # as a later call will make it
     if memory is not None and again is None and not forward and needs.bytes(arranged) > budget:
         sweep.run.memo[key] = chosen, needs, needs.bytes(arranged)
-        raise UnsupportedError(_too_little(needs.bytes(arranged), budget))
+        _refuse(needs.bytes(arranged), budget)
     chosen = chosen.limited(arranged.carried)
     return _plan(method, needs, arranged, chosen, budget, pieces, again)
 
 
-def _too_little(needed: int, budget: int) -> str:
-    return message(
-        "memory is too small for any sweep",
-        expected=f"at least {needed} bytes ({in_words(needed)}): one query at a time, two states kept",
-        got=f"{budget} bytes",
-        remedy="allow more memory, or ask fewer queries or rows (aggregate=, groups=, train=)",
+def _refuse(needed: int, budget: int) -> NoReturn:
+    raise UnsupportedError(
+        message(
+            "memory is too small for any sweep",
+            expected=f"at least {needed} bytes ({in_words(needed)}): one query at a time, two states kept",
+            got=f"{budget} bytes",
+            remedy="allow more memory, or ask fewer queries or rows (aggregate=, groups=, train=)",
+        )
     )
 
 

@@ -1,6 +1,5 @@
 """The commands, their options and their help."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,24 @@ import hydragrad
 from hydragrad.attributing import attribute as attribute_run
 from hydragrad.attribution import Attribution
 from hydragrad.commands.console import Refusing, console, interactive, say
-from hydragrad.commands.options import RunFolder, TaskName, TaskOption, amount, file_to_write, known_queries
+from hydragrad.commands.options import (
+    Blocks,
+    Disk,
+    Fraction,
+    Memory,
+    Method,
+    MethodOption,
+    Replays,
+    RunFolder,
+    ScoresFile,
+    ShownQueries,
+    Smoothing,
+    TaskName,
+    TaskOption,
+    amount,
+    file_to_write,
+    known_queries,
+)
 from hydragrad.commands.proving import validate
 from hydragrad.commands.reporting import report
 from hydragrad.commands.suspicion import mislabels
@@ -32,14 +48,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Method(StrEnum):
-    """The methods by their names on the command line."""
-
-    exact = "exact"
-    gauss_newton = "gauss-newton"
-    hessian_free = "hessian-free"
 
 
 def _version(wanted: bool) -> None:
@@ -147,53 +155,17 @@ def verify(run: RunFolder, task: TaskOption) -> None:
 def attribute(
     run: RunFolder,
     task: TaskOption,
-    method: Annotated[
-        Method,
-        typer.Option(
-            "--method", "-m", help="exact: the true derivative of the run; the others approximate its curvature."
-        ),
-    ] = Method.exact,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File for the scores (safetensors).", show_default=False)
-    ] = None,
-    query: Annotated[
-        list[int] | None,
-        typer.Option("--query", "-q", help="Test example to show; repeatable. Without it: the whole test set."),
-    ] = None,
+    method: MethodOption = Method.exact,
+    out: ScoresFile = None,
+    query: ShownQueries = None,
     top: Annotated[int, typer.Option(min=1, help="How many training examples to show.")] = 10,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Budget above training's: 2GB, 512MiB; a number alone is MiB. Default: half of what is free.",
-            show_default=False,
-        ),
-    ] = None,
-    disk: Annotated[
-        str | None,
-        typer.Option(help="Budget for states in a temporary folder, which spare replays: 10GB.", show_default=False),
-    ] = None,
-    replays: Annotated[
-        float | None, typer.Option(min=1.0, help="How many times the run may be replayed.", show_default=False)
-    ] = None,
+    memory: Memory = None,
+    disk: Disk = None,
+    replays: Replays = None,
     check: Annotated[bool, typer.Option(help="Check the scores against retraining: four replays.")] = True,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that keeps finished blocks: the same command goes on after a kill.", show_default=False
-        ),
-    ] = None,
-    smoothing: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="For questions about many examples at once: the mean over the run and others that lack a part of its "
-            "data, so many in all.",
-            show_default=False,
-        ),
-    ] = None,
-    fraction: Annotated[
-        float, typer.Option(min=0.0, max=0.99, help="With --smoothing: the part of the data that the other runs lack.")
-    ] = FRACTION,
+    resume: Blocks = None,
+    smoothing: Smoothing = None,
+    fraction: Fraction = FRACTION,
 ) -> None:
     """Score every training example for every test example of a task, and show the most helpful and harmful.
 

@@ -1,6 +1,7 @@
 """Arguments and options that several commands share."""
 
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,57 @@ Resume = Annotated[
     Path | None, typer.Option("--resume", help="Folder that keeps every finished retraining.", show_default=False)
 ]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+
+
+class Method(StrEnum):
+    """The methods by their names on the command line."""
+
+    exact = "exact"
+    gauss_newton = "gauss-newton"
+    hessian_free = "hessian-free"
+
+
+MethodOption = Annotated[
+    Method,
+    typer.Option("--method", "-m", help="exact: the true derivative of the run; the others approximate its curvature."),
+]
+ScoresFile = Annotated[
+    Path | None, typer.Option("--out", "-o", help="File for the scores (safetensors).", show_default=False)
+]
+ShownQueries = Annotated[
+    list[int] | None,
+    typer.Option("--query", "-q", help="Test example to show; repeatable. Without it: the whole test set."),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Budget above training's: 2GB, 512MiB; a number alone is MiB. Default: half of what is free.",
+        show_default=False,
+    ),
+]
+Disk = Annotated[
+    str | None,
+    typer.Option(help="Budget for states in a temporary folder, which spare replays: 10GB.", show_default=False),
+]
+Replays = Annotated[
+    float | None, typer.Option(min=1.0, help="How many times the run may be replayed.", show_default=False)
+]
+Blocks = Annotated[
+    Path | None,
+    typer.Option(help="Folder that keeps finished blocks: the same command goes on after a kill.", show_default=False),
+]
+Smoothing = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="For questions about many examples at once: the mean over the run and others that lack a part of its "
+        "data, so many in all.",
+        show_default=False,
+    ),
+]
+Fraction = Annotated[
+    float, typer.Option(min=0.0, max=0.99, help="With --smoothing: the part of the data that the other runs lack.")
+]
 
 
 def known_queries(queries: Sequence[int] | None, count: int) -> None:
