@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import hydragrad as hg
 from hydragrad import attributing, planning
@@ -18,6 +17,7 @@ from hydragrad.hypergradient.allocations import Allocations
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.trajectory.state import State
 from hydragrad.trajectory.store import Trajectory
+from tests.hypergradient.classifying import losses, train
 from tests.hypergradient.recorded import least_memory
 
 
@@ -69,10 +69,6 @@ STEPS, EVERY, QUERIES, BLOCK = 64, 16, 8, 4
 ENGINES = {"exact": "reverse-over-reverse", "gauss-newton": "jvp-then-vjp", "hessian-free": "jvp"}
 
 
-def losses(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["float32", "float64"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
@@ -87,12 +83,7 @@ def run(request: pytest.FixtureRequest, dtype: torch.dtype, tmp_path_factory: py
     optimizer = getattr(torch.optim, request.param)(model.parameters(), lr=1e-3, **given)
     data = TensorDataset(torch.rand(64, 64, dtype=dtype), torch.randint(0, 10, (64,)))
     folder = tmp_path_factory.mktemp("allocations") / "run"
-    with hg.record(folder, model, optimizer, checkpoint_every=EVERY) as recording:
-        for _ in range(STEPS * 8 // 64):
-            for batch in recording.batches(DataLoader(data, 8)):
-                optimizer.zero_grad()
-                losses(model, batch).mean().backward()
-                optimizer.step()
+    train(folder, model, optimizer, data, 8, STEPS, EVERY)
     return hg.load(folder, model=model, loss=losses, data=data)
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import nn
+from torch.utils.data import TensorDataset
 
 import hydragrad as hg
 from hydragrad import attributing, planning
@@ -21,6 +20,7 @@ from hydragrad.step.optimizer_map import OptimizerMap
 from hydragrad.trajectory.replay import Replayer
 from hydragrad.trajectory.spilling import Spill
 from hydragrad.trajectory.store import Trajectory
+from tests.hypergradient.classifying import losses, train
 
 ADVANCE, CAPTURE, LOAD, STEP, QUERY = 3.0, 2.0, 50.0, 2.0, 0.5
 STEPS, EVERY, QUERIES, BLOCK = 200, 40, 12, 3
@@ -58,22 +58,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
 
 
-def losses(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module, TensorDataset]:
     torch.manual_seed(0)
     model, data = nn.Linear(20, 10), TensorDataset(torch.rand(40, 20), torch.randint(0, 10, (40,)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     folder = tmp_path_factory.mktemp("rehearsing") / "run"
-    with hg.record(folder, model, optimizer, checkpoint_every=EVERY) as recording:
-        for _ in range(STEPS * 4 // 40):
-            for batch in recording.batches(DataLoader(data, 4)):
-                optimizer.zero_grad()
-                losses(model, batch).mean().backward()
-                optimizer.step()
+    train(folder, model, optimizer, data, 4, STEPS, EVERY)
     return folder, model, data
 
 
