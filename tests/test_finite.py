@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import hydragrad as hg
 from hydragrad import attributing, vectors
@@ -57,6 +59,39 @@ def test_sweeps_of_a_run_that_is_not_finite_say_where_it_came_from(tmp_path: Pat
     with pytest.raises(hg.NonFiniteError, match=words):
         hg.hypergradients(run, [1], progress=False)
     assert hg.attribute(run, queries, step=first, check=False).values.isfinite().all()  # as the remedy says
+
+
+@pytest.mark.parametrize("by_loop", [False, True])
+def test_statistics_that_a_skipped_batch_made_nan_are_named(by_loop: bool, tmp_path: Path) -> None:
+    """The loop goes on without the batch, but BatchNorm has seen it: in evaluation mode the model gives NaN."""
+    problem = case("batchnorm", torch.float32)
+    model, inputs = problem.build(), torch.stack([x for x, _ in problem.samples])
+    data = TensorDataset(inputs.clone(), torch.stack([y for _, y in problem.samples]))
+    data.tensors[0][5] = torch.nan if not by_loop else 0.0
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with hg.record(tmp_path / "run", model, optimizer) as recording:
+        for place, (x, y) in enumerate(recording.batches(DataLoader(data, 4))):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x * torch.nan if by_loop and place == 1 else x), y)
+            if not loss.isfinite():
+                continue
+            loss.backward()
+            optimizer.step()
+    run = hg.load(tmp_path / "run", model=problem.build(), loss=problem.loss, data=data)
+    assert run.num_steps == 2
+    # where the loop itself spoilt the batch, a replay does not meet what the statistics met
+    where = (
+        r"the state at step 2: buffer '1\.running_mean'" if by_loop else r"after step 1 the buffer '1\.running_mean'"
+    )
+    with pytest.raises(hg.NonFiniteError, match=rf"^{where} is not finite.*BatchNorm saw in training mode"):
+        hg.attribute(run, problem.queries)
+    found = verify(run)
+    if by_loop:
+        assert not found
+        assert "is not what the recorded steps make of" in str(found)
+    else:
+        assert found.exact
+        assert "after step 1 the buffer '1.running_mean' is not finite" in str(found)
 
 
 def test_weights_that_lead_to_infinity_are_told_from_the_run(tmp_path: Path) -> None:

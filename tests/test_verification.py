@@ -1,5 +1,6 @@
 """Verification says how far a replay is from the record, and why."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+import hydragrad as hg
+from hydragrad.errors import MismatchError
 from hydragrad.verification import verify
-from tests.trajectory.loops import bind, losses, make_data, make_model, record_run
+from tests.trajectory.loops import CLASSES, FEATURES, bind, losses, make_data, make_model, record_run
 
 
 def test_an_exact_replay_is_called_exact(tmp_path: Path) -> None:
@@ -74,6 +77,79 @@ def test_parameters_changed_outside_the_steps_are_found(
     assert found.drift[8] == 0.0
     assert found.ok == (first is None)  # the first change is large, the second within rounding's allowance
     assert first is not None or found.drift[checkpoint] > 1e-5
+
+
+def normalized() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(FEATURES, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, CLASSES))
+
+
+def validated_while_training(model: nn.Module, on: bool) -> Callable[[], None]:
+    """After every third step the model looks at other points, in training mode unless ``on`` is False."""
+    taken: list[int] = []
+
+    def look() -> None:
+        taken.append(1)
+        if len(taken) % 3 == 0:
+            model.train(on)
+            with torch.no_grad():
+                losses(model, make_data(9).tensors)
+            model.train()
+
+    return look
+
+
+def halved_at_the_end(model: nn.Module) -> Callable[[], None]:
+    taken: list[int] = []
+
+    @torch.no_grad()
+    def halve() -> None:
+        taken.append(1)
+        if len(taken) == 10:
+            next(model.parameters()).mul_(0.5)
+
+    return halve
+
+
+@pytest.mark.parametrize("step", [None, 10])
+@pytest.mark.parametrize("what", ["buffer", "parameter"])
+def test_a_state_changed_beside_the_steps_is_named_and_refused(what: str, step: int | None, tmp_path: Path) -> None:
+    """No gradient tells: training does not read running statistics, and nothing follows the last step."""
+    model = normalized()
+    meddle = validated_while_training(model, True) if what == "buffer" else halved_at_the_end(model)
+    record_run(tmp_path / "run", model, on_step=meddle)
+    run = bind(tmp_path / "run", model=normalized())
+    found = verify(run)
+    assert not found
+    assert found.first_difference is None
+    at, since, name = (4, 0, "1.") if what == "buffer" else (10, 8, "0.weight")
+    told = f"the state at step {at} is not what the recorded steps make of the state at step {since}: {what} '{name}"
+    assert told in str(found)
+    assert "rounding" not in str(found)
+    with pytest.raises(MismatchError, match="is not what the recorded steps make of") as refused:
+        hg.attribute(run, make_data(3), step=step, progress=False, check=False)
+    assert f"{what} '{name}" in str(refused.value)
+
+
+def test_validation_in_evaluation_mode_changes_nothing(tmp_path: Path) -> None:
+    model = normalized()
+    record_run(tmp_path / "run", model, on_step=validated_while_training(model, False))
+    assert verify(bind(tmp_path / "run", model=normalized())).exact
+
+
+def test_a_gradient_that_differs_later_may_have_been_meddled_with(tmp_path: Path) -> None:
+    model = make_model()
+
+    @torch.no_grad()
+    def clamp() -> None:
+        for param in model.parameters():
+            param.clamp_(-0.1, 0.1)
+
+    record_run(tmp_path / "run", model, on_step=clamp)
+    found = verify(bind(tmp_path / "run"))
+    assert found.first_difference == 1
+    assert "something else than the recorded optimizer changed parameters" in str(found)
 
 
 def test_an_incomplete_recording_is_verified_as_far_as_it_goes(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from hydragrad.errors import MismatchError, NonFiniteError
 from hydragrad.run import Run, kept_random_state
-from hydragrad.trajectory.agreement import state_difference, tolerance
+from hydragrad.trajectory.agreement import explain_state, state_difference, tolerance
 from hydragrad.trajectory.finite import check_finite
 from hydragrad.trajectory.repeating import Nondeterminism, repeated
 from hydragrad.trajectory.replay import Replayer
@@ -54,10 +54,20 @@ def verify(run: Run) -> Verification:
     replayer = run.replayer(check=True)
     drift, reasons, done = {}, [], 0
     first: int | None = None
+    meddled = ""
+    limit = max((tolerance(param.dtype) for param in run.problem.model.parameters()), default=0.0)
+
+    def compare(step: int) -> str:
+        recorded, replayed = run.trajectory.state(step), replayer.state()
+        drift[step] = state_difference(recorded, replayed)
+        if drift[step] <= limit or replayer.differences or meddled:
+            return ""
+        return explain_state(recorded, replayed, run.trajectory.nearest(step - 1))
+
     with kept_random_state():
         for step in run.steps:
             if step.index in run.trajectory.checkpoints:
-                drift[step.index] = state_difference(run.trajectory.state(step.index), replayer.state())
+                meddled = compare(step.index) or meddled
             try:
                 replayer.advance(step)
             except MismatchError as error:
@@ -66,15 +76,16 @@ def verify(run: Run) -> Verification:
                 break
             done += 1
     if done == run.num_steps and done in run.trajectory.checkpoints:
-        drift[done] = state_difference(run.trajectory.state(done), replayer.state())
+        meddled = compare(done) or meddled
     first = min(replayer.differences, default=first)
     exact = first is None and not any(drift.values())
-    limit = max((tolerance(param.dtype) for param in run.problem.model.parameters()), default=0.0)
     apart = [step for step, value in drift.items() if not value <= limit]
     if apart:
         reasons.append(f"the state at step {apart[0]} is off by {drift[apart[0]]:.2g} relative (allowed: {limit:g})")
     unsteady = None
-    if not exact:
+    if meddled:
+        reasons.append(meddled)
+    elif not exact:
         reasons += _hints(run, replayer, first)
         where = first if first is not None else min(step for step, value in drift.items() if value) - 1
         unsteady = repeated_step(run, max(where, 0))
@@ -107,8 +118,6 @@ def _repeats(step: int) -> str:
 def _hints(run: Run, replayer: Replayer, first: int | None) -> list[str]:
     """What is known to differ in the surroundings."""
     manifest, hints = run.trajectory.manifest, []
-    if first in replayer.differences:
-        hints.append(f"gradients differ from step {first} on, there by {replayer.differences[first]:.2g} relative")
     if manifest.torch != torch.__version__:
         hints.append(f"recorded with torch {manifest.torch}, replayed with torch {torch.__version__}")
     if manifest.device != str(replayer.device):
@@ -117,6 +126,9 @@ def _hints(run: Run, replayer: Replayer, first: int | None) -> list[str]:
         hints.append("random numbers were drawn inside recorded steps (and again in replay, from the same states)")
     if manifest.extra.get("compiled"):
         hints.append("a compiled model was trained; its replay is not compiled, and rounds otherwise")
-    if not hints:
+    apart = replayer.differences.get(first, 0.0) if first is not None else 0.0
+    if not hints and apart <= max(tolerance(param.dtype) for param in run.problem.model.parameters()):
         hints.append("rounding: the loss is computed in another order, or torch uses another number of threads")
+    if apart:
+        hints.insert(0, f"gradients differ from step {first} on, there by {apart:.2g} relative")
     return hints

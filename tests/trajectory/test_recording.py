@@ -230,12 +230,40 @@ def test_what_cannot_be_watched_is_refused(tmp_path: Path) -> None:
         recording.batches(DataLoader(data, 4))
         with pytest.raises(UnsupportedError, match=r"different data sets"):
             recording.batches(DataLoader(make_data(), 4))
-        with pytest.raises(MismatchError, match=r"step without a recorded batch"):
+        with pytest.raises(MismatchError, match=r"step without a recorded batch.*iterates the loader itself"):
             optimizer.step()
         with pytest.raises(UnsupportedError, match=r"closure"):
             optimizer.step(lambda: 0.0)
     with pytest.raises(MismatchError, match=r"param group 0 .* no parameter of the model"):
         record(tmp_path / "other", model, sgd(make_model()))
+
+
+def test_a_second_step_on_one_batch_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = sgd(model)
+    words = r"without a recorded batch.*a second optimizer.step\(\).*several times"
+    with record(tmp_path / "run", model, optimizer) as recording:
+        for batch in recording.batches(DataLoader(make_data(), 5)):
+            losses(model, batch).mean().backward()
+            optimizer.step()
+            with pytest.raises(MismatchError, match=words):
+                optimizer.step()
+
+
+def test_a_batch_that_is_yielded_for_each_of_its_steps(tmp_path: Path) -> None:
+    """What the refusal of a second step advises."""
+    model, data = make_model(), make_data()
+    optimizer = sgd(model)
+    ids = [[*range(k, k + 5)] for k in (0, 5, 10) for _ in range(2)]
+    points, labels = data.tensors
+    with record(tmp_path / "run", model, optimizer) as recording:
+        for batch in recording.batches([[points[one], labels[one]] for one in ids], indices=ids):
+            optimizer.zero_grad()
+            losses(model, batch).mean().backward()
+            optimizer.step()
+    run = bind(tmp_path / "run")
+    assert run.num_steps == 6
+    assert_same_params(run.replay().params, params_of(model))
 
 
 def test_an_existing_run_is_kept_unless_overwritten(tmp_path: Path) -> None:

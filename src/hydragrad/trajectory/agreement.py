@@ -12,6 +12,10 @@ from hydragrad.trajectory.state import State
 
 # Rounding of a loss that is written in another way (a mean inside cross_entropy) stays far below these.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_BETWEEN = (
+    "; or something else than the recorded optimizer changed parameters or its state between this step and the last: "
+    "another optimizer, clamping, re-initialisation, weights loaded or averaged"
+)
 _SEARCHED = 20_000  # examples looked through for the place a recorded example moved to
 
 
@@ -40,6 +44,8 @@ def explain_gradient(recorded: Tensor, replayed: Tensor, step: int, examples: in
     if scaled and abs(ratio - 1) > 1e-6:
         factor, word = (ratio, "larger") if ratio > 1 else (1 / ratio, "smaller")
         cause, remedy = _scale_cause(factor, ratio > 1, examples)
+        if step:
+            cause += _BETWEEN
         summary = f"the replayed gradient at step {step} is {factor:.4g} times {word} than the recorded one"
     elif random:
         summary = f"the replayed gradient at step {step} differs from the recorded one"
@@ -53,7 +59,7 @@ def explain_gradient(recorded: Tensor, replayed: Tensor, step: int, examples: in
         cause = (
             "another loss or model code than in the recorded loop, or gradients changed before the step (clipped by "
             "torch's own function)"
-        )
+        ) + (_BETWEEN if step else "")
         remedy = (
             "give the loss that was trained, per example, and the model's code as it was; clip by "
             "recording.clip_grad_norm_ or recording.clip_grad_value_"
@@ -87,9 +93,10 @@ def _scale_cause(factor: float, larger: bool, examples: int) -> tuple[str, str]:
             "give a reduction with the loop's own coefficients: (batch, shape) -> coefficients",
         )
     return (
-        "loss scaling, or gradient clipping between backward and step by torch's own function",
+        "a weighted or masked mean (cross_entropy(weight=, ignore_index=)), loss scaling, or gradient clipping between "
+        "backward and step by torch's own function",
         "clip by recording.clip_grad_norm_ (same arguments), or give a reduction with the loop's own scale: "
-        "(batch, shape) -> coefficients",
+        "(batch, shape) -> coefficients, such as those of a mean by weights: weight_of_each / weights.sum()",
     )
 
 
@@ -162,11 +169,47 @@ def _find(fetch: Callable[[Tensor], Any], length: int, examples: int, digest: in
 
 def state_difference(recorded: State, replayed: State) -> float:
     """Largest over all tensors of max |a - b| / max |a|; 0.0 only if all are equal bit for bit."""
+    return _farthest(recorded, replayed)[0]
+
+
+def explain_state(recorded: State, replayed: State, since: int) -> str:
+    """A refusal's message for a state that the steps since ``since`` do not make, though their gradients are equal."""
+    apart, kind, name = _farthest(recorded, replayed)
+    if kind == "buffer":
+        cause = (
+            "a forward pass in training mode beside the recorded batches (a validation pass without "
+            "model.eval()), or batches that the loop changed before the model saw them"
+        )
+        remedy = "call model.eval() before such passes and model.train() after them, and record again"
+    else:
+        cause = (
+            "something else than the recorded optimizer changed it: another optimizer, clamping, re-initialisation, "
+            "weights loaded or averaged"
+        )
+        remedy = "give all parameters to one optimizer, and change them by its steps alone while recording"
+    return message(
+        f"the state at step {recorded.step} is not what the recorded steps make of the state at step {since}: "
+        f"{kind} {name!r} differs",
+        expected="the recorded state, since every gradient between them is the recorded one bit for bit",
+        got=f"{kind} {name!r}, {apart:.2g} relative away from it",
+        cause=cause,
+        remedy=remedy,
+    )
+
+
+def _farthest(recorded: State, replayed: State) -> tuple[float, str, str]:
+    """The largest difference, and the kind and name of the tensor that has it."""
     if recorded.optimizer.keys() != replayed.optimizer.keys():
-        return float("inf")
-    pairs = [(recorded.params, replayed.params), (recorded.buffers, replayed.buffers)]
-    pairs += [(recorded.optimizer[name], replayed.optimizer[name]) for name in recorded.optimizer]
-    return max((_difference(a[name], b[name]) for a, b in pairs for name in a), default=0.0)
+        names = sorted(recorded.optimizer.keys() ^ replayed.optimizer.keys())
+        return float("inf"), "the optimizer's state of parameter", names[0]
+    pairs = [("parameter", recorded.params, replayed.params), ("buffer", recorded.buffers, replayed.buffers)]
+    found = [(_difference(a[name], b[name]), kind, name) for kind, a, b in pairs for name in a]
+    for name, kept in recorded.optimizer.items():
+        found += [
+            (_difference(kept[key], replayed.optimizer[name][key]), "the optimizer's state of parameter", name)
+            for key in kept
+        ]
+    return max(found, key=lambda one: one[0], default=(0.0, "", ""))
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -11,25 +11,32 @@ from hydragrad.trajectory.store import Trajectory
 
 
 def check_finite(state: State, replayer: Replayer, trajectory: Trajectory, weights: Tensor | None = None) -> None:
-    """Refuse a state whose parameters are not finite, though they were when training began.
+    """Refuse a state whose parameters or buffers are not finite, though they were when training began.
 
-    Looking costs one pass over the parameters. Only where it finds something are the steps replayed once more (with
-    the ``weights`` of that replay), to name the first tensor: a gradient, or a parameter after its update.
+    Looking costs one pass over them. Only where it finds something are the steps replayed once more (with the
+    ``weights`` of that replay), to name the first tensor: a gradient, or a parameter or buffer after a step.
     """
-    if not _not_finite(state.params):
+    found = _not_finite(state.params) + _not_finite(state.buffers)
+    if not found:
         return
-    begun = set(_not_finite(trajectory.state(0).params))
-    if set(_not_finite(state.params)) <= begun:
+    first = trajectory.state(0)
+    begun = {*_not_finite(first.params), *_not_finite(first.buffers)}
+    found = [name for name in found if name not in begun]
+    if not found:
         return  # a mask of infinities, say, that does not train
     where, names = _first(state.step, replayer, trajectory, weights, begun)
+    if not names:
+        where, names = f"the state at step {state.step}: {_kind(found[0], state.params)} {found[0]!r}", found
     raise NonFiniteError(
         message(
             f"{where} is not finite",
-            expected="finite gradients and parameters at every step",
+            expected="finite gradients, parameters and buffers at every step",
             got=f"NaN or infinity in {', '.join(map(repr, names[:4]))}{' and others' if len(names) > 4 else ''}",
             cause="training diverged (a learning rate that is too large), or a loss with an infinite slope"
+            + ("; or NaN in a batch that BatchNorm saw in training mode, skipped or not" if state.buffers else "")
             + ("" if weights is None else ", with these weights of the examples"),
-            remedy="ask an earlier step (until=, step=), or train with a smaller learning rate",
+            remedy="ask an earlier step (until=, step=), or train with a smaller learning rate"
+            + (", and look at a batch's inputs before the model does" if state.buffers else ""),
         )
     )
 
@@ -40,7 +47,7 @@ def _first(
     start = trajectory.state(0)
     for step in (t for t in trajectory.checkpoints if weights is None and 0 < t < stop):
         stored = trajectory.state(step)
-        if set(_not_finite(stored.params)) - begun:
+        if {*_not_finite(stored.params), *_not_finite(stored.buffers)} - begun:
             break
         start = stored
     replayer.restore(start)
@@ -50,9 +57,14 @@ def _first(
         gradients = {name: p.grad for name, p in params.items() if p.grad is not None}
         if names := _not_finite(gradients):
             return f"at step {record.index} the gradient of parameter {names[0]!r}", names
-        if names := [name for name in _not_finite(params) if name not in begun]:
-            return f"after step {record.index} the parameter {names[0]!r}", names
-    return f"the state at step {stop}", []
+        after = {**params, **dict(replayer.module.named_buffers())}
+        if names := [name for name in _not_finite(after) if name not in begun]:
+            return f"after step {record.index} the {_kind(names[0], params)} {names[0]!r}", names
+    return "", []
+
+
+def _kind(name: str, params: Mapping[str, Tensor]) -> str:
+    return "parameter" if name in params else "buffer"
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Any, final
 
 from torch import Tensor
 
-from hydragrad.trajectory.agreement import state_difference
+from hydragrad.errors import MismatchError
+from hydragrad.trajectory.agreement import explain_state, state_difference, tolerance
 from hydragrad.trajectory.randomness import RandomState
 from hydragrad.trajectory.replay import Replayer
 from hydragrad.trajectory.reweighted import Reweighted
@@ -87,7 +88,8 @@ class Backwards:
 
     A stretch that ends in the recorded state bit for bit had the recorded batches and gradients. Where one does not,
     it and all that follow are replayed with every batch and gradient compared, so that a refusal names the step; one
-    that ends in no recorded state is compared likewise.
+    that ends in no recorded state is compared likewise. Raises MismatchError for a recorded state that is not made by
+    the steps before it, although their gradients are the recorded ones: something else changed it.
     """
 
     def __init__(
@@ -165,7 +167,6 @@ class Backwards:
         del state
         if end is not None:
             self.drift[stop] = state_difference(end, self.replayer.state())
-            del end
             self._verified = not self.drift[stop]
             if self.drift[stop] and not self._compare:
                 self._compare = True
@@ -173,7 +174,18 @@ class Backwards:
                 self._compared(first.step)
                 moments = self._replayed(first, stop, compare=True)
                 del first
+            self._refuse_meddling(end)
+            del end
         return backwards(moments, self.replayer, self.trajectory.steps, self.trajectory.weights)
+
+    def _refuse_meddling(self, end: State) -> None:
+        """Equal gradients and another state, beyond rounding: something else than the recorded steps changed it."""
+        limit = max(tolerance(param.dtype) for param in end.params.values())
+        if self.drift[end.step] <= limit or not self.replayer.checks:
+            return
+        since = self.trajectory.nearest(end.step - 1)
+        if not any(since <= step < end.step for step in self.replayer.differences):
+            raise MismatchError(explain_state(end, self.replayer.state(), since))
 
     def _compared(self, stop: int) -> None:
         """Go from the recorded state before ``stop`` up to it, comparing: what led astray may lie there."""

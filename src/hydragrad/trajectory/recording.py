@@ -323,7 +323,13 @@ class Recording:
                 message(
                     "an optimizer step without a recorded batch",
                     expected="each step's batches to come from recording.batches",
-                    remedy="write `for batch in recording.batches(loader):` in the training loop",
+                    cause="a second optimizer.step() on a batch whose step has been taken already"
+                    if self._sources.passing_now
+                    else "a loop that iterates the loader itself",
+                    remedy="take one step for each batch; to take several, yield it several times: "
+                    "recording.batches(batches, indices=ids)"
+                    if self._sources.passing_now
+                    else "write `for batch in recording.batches(loader):` in the training loop",
                 )
             )
         if not self._stepped:

@@ -57,7 +57,7 @@ class Replayer:
         self.differences: dict[int, float] = {}
         self.random: tuple[RandomState | None, ...] = ()
         self.raw: dict[str, Tensor] | None = None
-        self._problem, self._trajectory, self._check = problem, trajectory, check
+        self._problem, self._trajectory, self.checks = problem, trajectory, check
         self._params = dict(self.module.named_parameters())
         self._buffers = dict(self.module.named_buffers())
         self._modules = dict(self.module.named_modules())
@@ -128,7 +128,7 @@ class Replayer:
     def _checked(self, ids: Tensor, digests: Tensor | None, epoch: int, step: int) -> Any:
         """The batch of these ids, compared with the record where that is asked for."""
         batch = self.source.fetch(ids, epoch=epoch)
-        if digests is None or not self._check or _same(digests, batch, ids):
+        if digests is None or not self.checks or _same(digests, batch, ids):
             return batch
         return self._second_look(ids, digests, epoch, step)
 
@@ -165,7 +165,7 @@ class Replayer:
                 param.grad = torch.zeros_like(param)
         self._unscale(step)
         self._clip(step)
-        if weights is None and self._check and compare:
+        if weights is None and self.checks and compare:
             self._compare(step)
         self._optimizer.step()
         self._step += 1

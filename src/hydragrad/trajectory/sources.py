@@ -48,6 +48,11 @@ class Sources:
         """The first loader."""
         return self._known[0][1] if self._known else None
 
+    @property
+    def passing_now(self) -> bool:
+        """Whether a pass over some loader is open."""
+        return bool(self._open)
+
     def passing(self, place: int, watched: Watched) -> Generator[tuple[int, Tensor, Any], None, None]:
         """One pass over a watched loader: its number, ids and batches."""
         progress = self._progress[place]
