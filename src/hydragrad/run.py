@@ -11,6 +11,7 @@ from hydragrad.errors import MismatchError, message
 from hydragrad.problem import Coefficients, Loss, Penalty, Problem, Reduction
 from hydragrad.trajectory.binding import check_data, check_model, choose_collate, choose_reduction
 from hydragrad.trajectory.finite import check_finite
+from hydragrad.trajectory.hidden import Glance, refuse_hidden_state
 from hydragrad.trajectory.randomness import undisturbed
 from hydragrad.trajectory.replay import Replayer, check_weights
 from hydragrad.trajectory.reweighted import first_touched
@@ -35,7 +36,7 @@ def load(
     ``penalty``: penalty(model) -> [], added once a step (to its first micro-batch) and not scaled by example weights.
     The model's current values do not matter and stay as they are. The first recorded step is taken once on a copy and
     compared. Raises StoreError (broken files), MismatchError (naming the difference), UnsupportedError (an unknown
-    optimizer).
+    optimizer, a model that keeps state in plain attributes).
     Example: ``run = hydragrad.load("runs/mnist", model=model, loss=loss, data=train_set)``.
     """
     trajectory, model = Trajectory(path), unwrapped(model)
@@ -46,7 +47,11 @@ def load(
     run = Run(problem, trajectory)
     if trajectory.steps:
         with kept_random_state():
-            run.replayer(check=True).advance(trajectory.steps[0])
+            replayer = run.replayer(check=True)
+            before = Glance(replayer.module)
+            replayer.advance(trajectory.steps[0])
+            if before != Glance(replayer.module):
+                refuse_hidden_state(run.replayer(check=False), trajectory.state(0), trajectory.steps[0])
     return run
 
 
