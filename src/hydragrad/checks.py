@@ -187,7 +187,8 @@ def judge(
         verdict = "meaningless" if verdict == "meaningless" else "doubtful"
         reasons.append(
             f"torch's derivatives of this model are off by {derivatives:.1e} from finite differences in float64: "
-            "an operation with a wrong second derivative (a fused kernel, a custom autograd function), or a kink"
+            "an operation with a wrong second derivative (a fused kernel, a custom autograd function), a value that "
+            "depends on the parameters and is taken for a constant (detach, no_grad), or a kink"
         )
     if growth > GROWTH:
         verdict = "meaningless" if verdict == "meaningless" else "doubtful"

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, final
 
-from hydragrad.errors import UnsupportedError
+import torch
+
+from hydragrad.errors import UnsupportedError, message
 from hydragrad.hypergradient.costs import Timed, agree, probe_block, products, quick_seconds
-from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.curvature import Engine, Products
 from hydragrad.hypergradient.engines import candidates, reference
 from hydragrad.hypergradient.output_jacobian import OutputJacobian
 from hydragrad.hypergradient.scaled import Direct, PerExampleGradients, ScaledEngine
@@ -103,11 +105,28 @@ class Search:
         key = (repr(base), 1)
         if key not in self.seconds:
             one = probe_block(self.point, 1)
-            self.truth = products(base, self.point, one)
+            self.truth = self._differentiated(base, one)
             began = time.perf_counter()
             products(base, self.point, one)
             self.seconds[key] = time.perf_counter() - began  # once: it is only the measure for what may be tried
         return Timed(self._scaled(base), width, self.seconds[key] * width)
+
+    def _differentiated(self, base: Engine, one: Vectors) -> Products:
+        """What plain autograd gives; refused where torch has no derivative for an operation of the model or loss."""
+        try:
+            return products(base, self.point, one)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            raise UnsupportedError(
+                message(
+                    f"torch cannot differentiate this model or loss as method={self.method!r} needs it",
+                    expected="operations that autograd can differentiate twice",
+                    got=_first_line(error),
+                    cause="a fused kernel or a custom autograd function without a second derivative",
+                    remedy="write that operation in others (torch names it), and record again",
+                )
+            ) from error
 
     def _climb(self, first: int) -> None:
         """Larger blocks of the best engine; if none is better, smaller ones."""

@@ -20,6 +20,7 @@ from hydragrad.trajectory.reweighted import Reweighted
 from hydragrad.trajectory.state import State
 from hydragrad.trajectory.store import Trajectory
 
+_SPECTRAL = ("_SpectralNorm",)
 _PRECISE = (torch.float32, torch.float64)
 
 
@@ -133,6 +134,16 @@ class Sweep:
                         expected="normalization within one process",
                         cause="a model converted for distributed training",
                         remedy="train with BatchNorm, or freeze the statistics with .eval() on those layers",
+                    )
+                )
+            if trains and type(part).__name__ in _SPECTRAL:
+                raise UnsupportedError(
+                    message(
+                        f"module {name!r} is a spectral norm that trains",
+                        expected="layers whose gradient takes nothing that depends on the parameters for a constant",
+                        cause="its power iteration follows the weights, and its gradient takes the result for a "
+                        "constant: derivatives of that gradient would miss how it follows",
+                        remedy="train with weight_norm or without, or hold that module still by .eval()",
                     )
                 )
 

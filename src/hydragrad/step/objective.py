@@ -9,7 +9,6 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from hydragrad.errors import UnsupportedError, message
@@ -17,6 +16,7 @@ from hydragrad.problem import Problem
 from hydragrad.step.buffers import Attached, PureStatistics, running_statistics
 from hydragrad.step.draws import HandOut, captured
 from hydragrad.step.forms import form_of
+from hydragrad.step.plain_forms import plain_forms
 
 _HARMLESS = (
     "There is a performance drop because we have not yet implemented the batching rule",  # vmap loops; we measure that
@@ -96,7 +96,6 @@ class Objective:
         self._penalty = _Penalty(module, problem)
         self.fragile = any(isinstance(part, nn.RNNBase) for part in module.modules())
         self._devices = {"cpu", *(p.device.type for p in self.module.parameters())}
-        self._weight_normed = any(type(part).__name__ == "_WeightNorm" for part in module.modules())
         self._foreign = not {*carried} <= running_statistics(module)  # buffers that no layer of torch's own changes
         self._modules = dict(module.named_modules())
         self._modes: Mapping[str, bool] | None = None
@@ -288,26 +287,11 @@ class Objective:
             for kind in self._devices:
                 if torch.is_autocast_enabled(kind):  # the caller's: derivatives are taken in full precision
                     stack.enter_context(torch.autocast(kind, enabled=False))
-            if self._weight_normed:
-                stack.enter_context(_UnfusedWeightNorm())
+            stack.enter_context(plain_forms(self.module))
             if self.fragile:  # oneDNN's and cuDNN's recurrent kernels have no second derivative
                 stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield
-
-
-@final
-class _UnfusedWeightNorm(TorchFunctionMode):
-    """g v / ||v|| in plain operations: the fused kernel's second derivative is wrong (seen with torch 2.13 on CPU)."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
-            v, g, *given = args
-            dim = given[0] if given else 0
-            return v * (g / torch.norm_except_dim(v, 2, dim))
-        return func(*args, **(kwargs or {}))
 
 
 def _differentiable(leaf: Any) -> bool:

@@ -1,0 +1,160 @@
+"""Layers whose kernels autograd cannot differentiate twice: in plain operations they are exact, else refused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+import hydragrad as hg
+from hydragrad.step.plain_forms import plain_forms
+from tests.hypergradient.recorded import STEPS, recipe_of, recorded, values
+from tests.oracles import unroll
+from tests.tolerances import FINITE_DIFFERENCE, ORACLE, SAME, assert_close, relative_error
+from tests.zoo import CLASSES, Case, case
+
+TOKENS = 7
+
+
+class Bags(nn.Module):
+    """Bags of tokens: rows of a matrix, or one row after the other with the places where they start."""
+
+    def __init__(self, flat: bool, weighted: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.bags, self.head = nn.EmbeddingBag(TOKENS, 4, **options), nn.Linear(4, CLASSES)
+        self.flat, self.weighted = flat, weighted
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weights = (tokens + 1.0).to(self.head.weight) / TOKENS if self.weighted else None
+        if not self.flat:
+            return self.head(torch.tanh(self.bags(tokens, per_sample_weights=weights)))
+        starts = torch.arange(len(tokens)) * tokens.shape[1]
+        if self.bags.include_last_offset:
+            starts = torch.cat([starts, torch.tensor([tokens.numel()])])
+        given = None if weights is None else weights.flatten()
+        return self.head(torch.tanh(self.bags(tokens.flatten(), starts, per_sample_weights=given)))
+
+
+class ByHand(Bags):
+    """The same from single embeddings, one bag at a time."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = []
+        for bag in tokens:
+            kept = bag if self.bags.padding_idx is None else bag[bag != self.bags.padding_idx]
+            vectors = self.bags.weight[kept]
+            if self.weighted:
+                vectors = vectors * ((kept + 1.0).to(vectors) / TOKENS)[:, None]
+            if not len(kept):
+                rows.append(torch.zeros_like(self.bags.weight[0]))
+            else:
+                rows.append(vectors.sum(0) if self.bags.mode == "sum" else vectors.mean(0))
+        return self.head(torch.tanh(torch.stack(rows)))
+
+
+OPTIONS = [
+    {"flat": False, "mode": "mean"},
+    {"flat": True, "mode": "mean", "padding_idx": 2},
+    {"flat": False, "mode": "mean", "padding_idx": -1},
+    {"flat": True, "mode": "sum", "include_last_offset": True},
+    {"flat": True, "mode": "sum", "weighted": True},
+]
+
+
+def problem_of(options: dict[str, Any], kind: Callable[..., nn.Module] = Bags) -> Case:
+    def build() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            return kind(**options).double()
+
+    return replace(case("embedding"), build=build)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_bags_of_embeddings_are_exact(options: dict[str, Any], tmp_path: Path) -> None:
+    run = recorded(recipe_of(problem_of(options)), tmp_path / "run")
+    assert hg.verify(run).exact  # the replay runs torch's own kernel
+    queries = problem_of(options).queries
+    truth = unroll(recipe_of(problem_of(options, ByHand), steps=STEPS)).scores(queries)
+    assert relative_error(values(run, queries, compile=False), truth) <= ORACLE[torch.float64]
+
+
+def test_bags_that_are_empty_first_last_and_beside_each_other() -> None:
+    """A start that several bags share belongs to the last of them; torch's kernel is the oracle."""
+    tokens, starts = torch.tensor([1, 4, 4, 0, 6, 2]), torch.tensor([0, 0, 3, 3, 3, 6])
+    for mode in ("sum", "mean"):
+        layer = nn.EmbeddingBag(TOKENS, 4, mode=mode, padding_idx=6).double()
+        expected = layer(tokens, starts)
+        (slopes,) = torch.autograd.grad(expected.square().sum(), layer.weight)
+        with plain_forms(layer):
+            found = layer(tokens, starts)
+        (ours,) = torch.autograd.grad(found.square().sum(), layer.weight)
+        assert_close(found, expected, SAME)
+        assert_close(ours, slopes, SAME)
+
+
+def test_bags_of_other_kinds_are_left_to_torch_and_refused(tmp_path: Path) -> None:
+    run = recorded(recipe_of(problem_of({"flat": False, "mode": "max"})), tmp_path / "run")
+    with pytest.raises(hg.UnsupportedError, match=r"torch cannot differentiate this model or loss"):
+        hg.attribute(run, problem_of(OPTIONS[0]).queries, progress=False)
+
+
+def test_what_torch_cannot_differentiate_twice_is_refused_by_name(tmp_path: Path) -> None:
+    """The function called directly: no layer tells that a plain form is needed."""
+
+    def loss(model: Callable[..., Tensor], batch: Any) -> Tensor:
+        tokens, labels = batch
+        bags: Any = model
+        return F.cross_entropy(bags.head(F.embedding_bag(tokens, bags.table.weight)), labels, reduction="none")
+
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(TOKENS, 4), nn.Linear(4, CLASSES)
+
+    problem = replace(case("embedding"), build=lambda: Direct().double(), loss=loss)
+    torch.manual_seed(0)
+    run = recorded(recipe_of(problem), tmp_path / "run")
+    words = r"torch cannot differentiate this model or loss as method='exact' needs it.*_embedding_bag_backward"
+    with pytest.raises(hg.UnsupportedError, match=words):
+        hg.attribute(run, problem.queries, progress=False)
+
+
+@pytest.mark.parametrize("still", [False, True])
+def test_a_spectral_norm_that_trains_is_refused(still: bool, tmp_path: Path) -> None:
+    """Held still, its vectors are constants, and finite differences by retraining agree."""
+
+    def build() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            first = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6))
+            return nn.Sequential(first, nn.Tanh(), nn.Linear(6, CLASSES)).double()
+
+    def modes(model: nn.Module, t: int) -> None:
+        if still:
+            first: Any = model[0]  # type: ignore[index]
+            first.parametrizations.eval()
+
+    problem = replace(case("mlp_tanh"), build=build)
+    run = recorded(recipe_of(problem, modes=modes), tmp_path / "run")
+    assert hg.verify(run).exact
+    if not still:
+        with pytest.raises(hg.UnsupportedError, match=r"module '0.parametrizations.weight.0' is a spectral norm"):
+            hg.attribute(run, problem.queries, progress=False)
+        return
+    found = values(run, problem.queries)
+    batch, h = default_collate(problem.queries), 1e-5
+    measured = []
+    for way in (-h, h):
+        weights = torch.ones(run.num_examples, dtype=torch.float64)
+        weights[3] += way
+        model, state = build().eval(), run.replay(weights=weights)
+        model.load_state_dict({**state.params, **state.buffers})
+        with torch.no_grad():
+            measured.append(problem.loss(model, batch))
+    assert relative_error(found[3], (measured[0] - measured[1]) / (2 * h)) <= FINITE_DIFFERENCE[torch.float64]
