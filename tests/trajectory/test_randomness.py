@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import hydragrad as hg
+from hydragrad.errors import MismatchError
 from hydragrad.run import Run
 from hydragrad.trajectory.generators import GENERATORS
 from hydragrad.trajectory.moments import Backwards, forwards
@@ -277,6 +279,45 @@ def test_what_a_skipped_batch_drew_is_not_drawn_again(tmp_path: Path) -> None:
     assert [len(step.skipped) for step in run.steps] == [0, 1, 0, 2, 0]
     assert verify(run).exact, verify(run)
     assert_same_params(run.replay().params, params_of(model))
+
+
+@pytest.mark.parametrize("kind", ["dropout", "all"])
+def test_what_the_loop_draws_after_a_backward_pass_is_its_own(kind: str, tmp_path: Path) -> None:
+    """Between accumulated micro-batches, and between the last of them and its step."""
+    build, loss = KINDS[kind]
+    model = build()
+    optimizer = sgd(model)
+    with record(tmp_path / "run", model, optimizer) as recording:
+        for place, batch in enumerate(recording.batches(DataLoader(make_data(), 3))):
+            loss(model, batch).mean().backward()
+            everything()
+            if place % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+                everything()
+    run = bound(kind, tmp_path / "run")
+    assert verify(run).exact, verify(run)
+    assert_same_params(run.replay().params, params_of(model))
+
+
+def test_noise_that_the_loop_adds_later_in_the_run_is_met_at_its_step(tmp_path: Path) -> None:
+    """Only in the second micro-batch of step 2: loading takes the first step alone."""
+    model = make_model()
+    optimizer = sgd(model)
+    with record(tmp_path / "run", model, optimizer) as recording:
+        for place, (points, labels) in enumerate(recording.batches(DataLoader(make_data(), 3))):
+            noise = torch.randn_like(points) if place == 5 else torch.zeros_like(points)
+            losses(model, (points + noise, labels)).mean().backward()
+            if place % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    run = bind(tmp_path / "run")
+    words = r"gradient at step 2 differs.*random numbers were drawn inside the step.*inside loss\("
+    assert verify(run).first_difference == 2
+    with pytest.raises(MismatchError, match=words):
+        run.replay()
+    with pytest.raises(MismatchError, match=words):
+        hg.attribute(run, make_data(3), progress=False, check=False)
 
 
 def test_numbers_drawn_in_the_loop_but_not_in_the_loss_are_named(tmp_path: Path) -> None:

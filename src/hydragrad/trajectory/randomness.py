@@ -165,10 +165,16 @@ class RandomWatch:
         self._looker = Looker(device, [name for name in GENERATORS if name != "cuda" or device.type == "cuda"])
         self._open = False
         self._last: Look | None = None
+        self._complete: Look | None = None
 
     def begin(self) -> None:
         """A micro-batch begins."""
-        self._last, self._open = self._looker.look(self._last), True
+        self._last, self._complete, self._open = self._looker.look(self._last), None, True
+
+    def complete(self) -> None:
+        """Its backward pass came: what is drawn from here on is the loop's own, and not for a replay."""
+        if self._open:
+            self._complete = self._looker.look(self._last)
 
     def end(self) -> Drawn | None:
         """It ended; None: nothing was drawn."""
@@ -176,7 +182,7 @@ class RandomWatch:
             return None
         before, self._open = self._last, False
         assert before is not None
-        self._last = after = self._looker.look(before)
+        self._last = after = self._complete or self._looker.look(before)
         if after is before:
             return None
         drawn = changed(before, after)

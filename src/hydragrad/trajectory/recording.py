@@ -307,6 +307,7 @@ class Recording:
             self._now.zeroed()
         self._clips.backward(fresh)
         self._watch.backward_seen()
+        self._random.complete()
         self._now.backwards += 1
         self._now.seen = len(self._now.batches)
         if self._now.batches:
