@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ class Remembering(nn.Module):
     def __init__(self, act: "Callable[[Remembering, Tensor], Tensor]") -> None:
         super().__init__()
         self.first, self.second, self.act = nn.Linear(FEATURES, 5), nn.Linear(5, CLASSES), act
-        self.calls, self.average, self.table, self.seen = 0, torch.zeros(5), None, [0.0]
+        self.calls, self.average, self.seen = 0, torch.zeros(5), [0.0]
+        self.table: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += self.training
