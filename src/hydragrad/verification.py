@@ -11,6 +11,7 @@ from hydragrad.trajectory.agreement import explain_state, state_difference, tole
 from hydragrad.trajectory.finite import check_finite
 from hydragrad.trajectory.repeating import Nondeterminism, repeated
 from hydragrad.trajectory.replay import Replayer
+from hydragrad.trajectory.sparing import suspects
 
 
 @final
@@ -88,7 +89,8 @@ def verify(run: Run) -> Verification:
     elif not exact:
         reasons += _hints(run, replayer, first)
         where = first if first is not None else min(step for step, value in drift.items() if value) - 1
-        unsteady = repeated_step(run, max(where, 0))
+        found = (repeated_step(run, suspect) for suspect in suspects(run.steps, max(where, 0)))
+        unsteady = next((one for one in found if one is not None), None)
         reasons.append(str(unsteady) if unsteady is not None else _repeats(max(where, 0)))
     try:
         check_finite(replayer.state(), replayer, run.trajectory)

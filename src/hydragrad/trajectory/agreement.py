@@ -1,6 +1,6 @@
 """Whether what is replayed is what was recorded; if not, in which way, in words."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hydragrad.errors import message
 from hydragrad.trajectory.digests import batch_digests, describe_batch
-from hydragrad.trajectory.state import State
+from hydragrad.trajectory.state import State, StepRecord
 
 # Rounding of a loss that is written in another way (a mean inside cross_entropy) stays far below these.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -35,31 +35,33 @@ def gradient_difference(recorded: Tensor, replayed: Tensor) -> float:
     return difference / norm if norm > 0 and difference == difference else float("inf")
 
 
-def explain_gradient(recorded: Tensor, replayed: Tensor, step: int, examples: int, random: bool) -> str:
-    """A refusal's message for a replayed gradient that is not the recorded one."""
-    a, b = recorded.to("cpu", torch.float64), replayed.to("cpu", torch.float64)
+def explain_gradient(step: StepRecord, replayed: Tensor, unknown: int) -> str:
+    """A refusal's message for a replayed gradient that is not the recorded one, nor were perhaps ``unknown`` before."""
+    assert step.fingerprint is not None
+    a, b = step.fingerprint.to("cpu", torch.float64), replayed.to("cpu", torch.float64)
     ratio = float(b[0] / a[0]) if float(a[0]) else float("inf")
+    at = f"{step.index} (the {unknown} before it were not noted)" if unknown else f"{step.index}"
     gap = (b[1:] - ratio * a[1:]).abs()
     scaled = 0 < ratio < float("inf") and bool((gap <= 1e-2 * (ratio * a[1:]).abs() + 1e-6 * b[0]).all())
     if scaled and abs(ratio - 1) > 1e-6:
         factor, word = (ratio, "larger") if ratio > 1 else (1 / ratio, "smaller")
-        cause, remedy = _scale_cause(factor, ratio > 1, examples)
-        if step:
+        cause, remedy = _scale_cause(factor, ratio > 1, len(step.batches[0]))
+        if step.index:
             cause += _BETWEEN
-        summary = f"the replayed gradient at step {step} is {factor:.4g} times {word} than the recorded one"
-    elif random:
-        summary = f"the replayed gradient at step {step} differs from the recorded one"
+        summary = f"the replayed gradient at step {at} is {factor:.4g} times {word} than the recorded one"
+    elif step.random:
+        summary = f"the replayed gradient at step {at} differs from the recorded one"
         cause = (
             "random numbers were drawn inside the step otherwise than in the loss given here (noise or mixup in the "
             "loop itself), or from a generator of one's own"
         )
         remedy = "draw them inside loss(model, batch), from the global generators of torch, numpy or Python"
     else:
-        summary = f"the replayed gradient at step {step} differs from the recorded one, not only in scale"
+        summary = f"the replayed gradient at step {at} differs from the recorded one, not only in scale"
         cause = (
             "another loss or model code than in the recorded loop, or gradients changed before the step (clipped by "
             "torch's own function)"
-        ) + (_BETWEEN if step else "")
+        ) + (_BETWEEN if step.index else "")
         remedy = (
             "give the loss that was trained, per example, and the model's code as it was; clip by "
             "recording.clip_grad_norm_ or recording.clip_grad_value_"
@@ -98,6 +100,17 @@ def _scale_cause(factor: float, larger: bool, examples: int) -> tuple[str, str]:
         "clip by recording.clip_grad_norm_ (same arguments), or give a reduction with the loop's own scale: "
         "(batch, shape) -> coefficients, such as those of a mean by weights: weight_of_each / weights.sum()",
     )
+
+
+def contents(steps: Sequence[StepRecord], count: int) -> tuple[Tensor, Tensor]:
+    """The digest of each of ``count`` examples, int64 [N], and of which it is known and always the same, bool [N]."""
+    pairs = [pair for step in steps for pair in zip(step.batches, step.digests, strict=True) if pair[1] is not None]
+    known, told = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
+    if pairs:
+        ids, digests = (torch.cat(parts).cpu() for parts in zip(*pairs, strict=True))
+        known[ids], told[ids] = digests, True
+        told[ids[known[ids] != digests]] = False
+    return known, told
 
 
 def explain_data(
@@ -173,7 +186,10 @@ def state_difference(recorded: State, replayed: State) -> float:
 
 
 def explain_state(recorded: State, replayed: State, since: int) -> str:
-    """A refusal's message for a state that the steps since ``since`` do not make, though their gradients are equal."""
+    """A refusal's message for a state that the steps since ``since`` do not make, though their gradients are equal.
+
+    (Those that were noted are: see ``sparing``.)
+    """
     apart, kind, name = _farthest(recorded, replayed)
     if kind == "buffer":
         cause = (
@@ -184,13 +200,13 @@ def explain_state(recorded: State, replayed: State, since: int) -> str:
     else:
         cause = (
             "something else than the recorded optimizer changed it: another optimizer, clamping, re-initialisation, "
-            "weights loaded or averaged"
+            "weights loaded or averaged; or gradients were changed by hand at a step of which none was noted"
         )
         remedy = "give all parameters to one optimizer, and change them by its steps alone while recording"
     return message(
         f"the state at step {recorded.step} is not what the recorded steps make of the state at step {since}: "
         f"{kind} {name!r} differs",
-        expected="the recorded state, since every gradient between them is the recorded one bit for bit",
+        expected="the recorded state, since every gradient noted between them is the recorded one bit for bit",
         got=f"{kind} {name!r}, {apart:.2g} relative away from it",
         cause=cause,
         remedy=remedy,

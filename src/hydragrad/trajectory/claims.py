@@ -15,7 +15,7 @@ class PendingBatch:
     """A yielded batch that no step has claimed yet. ``place``: of a skipped one, how many micro-batches precede it."""
 
     ids: Tensor
-    digests: Tensor
+    digests: Tensor | None
     epoch: int
     loader: int
     backward: bool = False

@@ -61,7 +61,8 @@ class GradientFingerprint:
     @torch.no_grad()
     def finish(self, readings: Sequence[Reading]) -> list[Tensor]:
         """The fingerprints of what was read, the same for each whatever it is finished together with."""
-        found = [torch.zeros(3, dtype=torch.float64) for _ in readings]
+        nothing = torch.zeros(3, dtype=torch.float64)
+        found = [nothing] * len(readings)
         for members in {reading.members for reading in readings if reading.members}:
             places = [k for k, reading in enumerate(readings) if reading.members == members]
             norms = _rows([readings[k].norms for k in places])

@@ -18,15 +18,17 @@ from hydragrad.trajectory.randomness import RandomState
 from hydragrad.trajectory.state import State, StepRecord
 from hydragrad.trajectory.tables import (
     Table,
+    decode_digests,
     decode_draws,
     decode_passes,
+    encode_digests,
     encode_draws,
     encode_passes,
     plain_autocast,
 )
 from hydragrad.trajectory.watching import Autocast
 
-VERSION = 5
+VERSION = 6
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", "recording.lock"
 
 
@@ -77,21 +79,23 @@ def encode_steps(steps: list[StepRecord]) -> bytes:
             modes.place(step.modes, dict),
             clips.place(step.clips, lambda row: [asdict(clip) for clip in row]),
             frozen.place(step.frozen, sorted),
+            step.fingerprint is not None,
         )
         for step in steps
     ]
     batches = [batch for step in steps for batch in step.batches]
     skipped = [batch for step in steps for batch in step.skipped]
+    fingerprints = [step.fingerprint.to("cpu", torch.float64) for step in steps if step.fingerprint is not None]
     tensors = {
-        "steps": torch.tensor(pointers, dtype=torch.int64).reshape(-1, 9),
+        "steps": torch.tensor(pointers, dtype=torch.int64).reshape(-1, 10),
         "ids": torch.cat([_CAT, *batches]),
-        "digests": torch.cat([_CAT, *(d.to("cpu") for step in steps for d in step.digests)]),
+        **encode_digests([part for step in steps for part in step.digests], "digests"),
         "lengths": torch.tensor([len(batch) for batch in batches], dtype=torch.int64),
         "epochs": torch.tensor([epoch for step in steps for epoch in step.epochs], dtype=torch.int64),
         "loaders": torch.tensor([loader for step in steps for loader in step.loaders], dtype=torch.int64),
         "skipped_ids": torch.cat([_CAT, *skipped]),
         "skipped_lengths": torch.tensor([len(batch) for batch in skipped], dtype=torch.int64),
-        "fingerprints": torch.stack([step.fingerprint.to("cpu", torch.float64) for step in steps]),
+        "fingerprints": torch.stack([torch.zeros(3, dtype=torch.float64), *fingerprints])[1:],
     }
     casts = [cast for step in steps for cast in (step.autocast or (None,) * len(step.batches))]
     passes = [one for step in steps for one in step.passes]
@@ -119,16 +123,17 @@ def _decode_steps(tensors: dict[str, torch.Tensor], tables: dict[str, Any]) -> l
     casts = [None if row is None else Autocast(*row) for row in tables["autocast"]]
     modes = tables["modes"]
     lengths = tensors["lengths"].tolist()
-    ids, digests = tensors["ids"].split(lengths), tensors["digests"].split(lengths)
+    ids, digests = tensors["ids"].split(lengths), decode_digests(tensors, "digests", lengths)
     skipped = tensors["skipped_ids"].split(tensors["skipped_lengths"].tolist())
     epochs, loaders = tensors["epochs"].tolist(), tensors["loaders"].tolist()
     autocast, scales = tensors["autocast"].tolist(), tensors["scales"].tolist()
     draws = decode_draws(tensors)
     passes = decode_passes(tensors, modes, casts, draws[len(lengths) :])
+    fingerprints = iter(tensors["fingerprints"])
     steps, at, skipped_at, passed_at = [], 0, 0, 0
     if int(torch.cat([_CAT, *(tensors[name].flatten() for name in _COUNTS)]).min()) < 0:
         raise ValueError("a negative count or place in a table")
-    for k, (index, count, skips, passed, group, none, mode, clip, held) in enumerate(tensors["steps"].tolist()):
+    for k, (index, count, skips, passed, group, none, mode, clip, held, noted) in enumerate(tensors["steps"].tolist()):
         here, there = slice(at, at + count), slice(skipped_at, skipped_at + skips)
         by = slice(passed_at, passed_at + passed)
         at, skipped_at, passed_at = at + count, skipped_at + skips, passed_at + passed
@@ -140,7 +145,7 @@ def _decode_steps(tensors: dict[str, torch.Tensor], tables: dict[str, Any]) -> l
                 digests=tuple(digests[here]),
                 groups=groups[group],
                 without_grad=without[none],
-                fingerprint=tensors["fingerprints"][k],
+                fingerprint=next(fingerprints, None) if noted else None,
                 modes=modes[mode],
                 epochs=tuple(epochs[here]),
                 loaders=tuple(loaders[here]),
@@ -156,4 +161,6 @@ def _decode_steps(tensors: dict[str, torch.Tensor], tables: dict[str, Any]) -> l
     ends = (at, at, at, at, skipped_at, passed_at, at + passed_at)
     if ends != (len(ids), len(epochs), len(loaders), len(autocast), len(skipped), len(passes), len(draws)):
         raise ValueError("batches that belong to no step")
+    if next(fingerprints, None) is not None:
+        raise ValueError("gradients that belong to no step")
     return steps

@@ -9,6 +9,7 @@ from hydragrad.trajectory.state import StepRecord
 
 
 def identity(steps: Sequence[StepRecord]) -> str:
-    """A hash of the gradients of a run's steps."""
-    gradients = torch.stack([record.fingerprint for record in steps]).to("cpu", torch.float64)
-    return sha256(gradients.numpy().tobytes())
+    """A hash of a run's steps: the examples of each, and their gradients."""
+    gradients = [record.fingerprint.to("cpu", torch.float64) for record in steps if record.fingerprint is not None]
+    ids = [ids for record in steps for ids in (torch.tensor([len(record.batches)]), *record.batches)]
+    return sha256(b"".join([torch.cat(part).cpu().numpy().tobytes() for part in (gradients, ids) if part]))

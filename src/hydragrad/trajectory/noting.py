@@ -13,6 +13,7 @@ from hydragrad.trajectory.clips import ClipNotes
 from hydragrad.trajectory.fingerprints import GradientFingerprint, Reading
 from hydragrad.trajectory.optimizers import HyperNotes
 from hydragrad.trajectory.randomness import Draw, DrawWriter
+from hydragrad.trajectory.sparing import fingerprinted
 from hydragrad.trajectory.state import Hyper, Pass, StepRecord
 from hydragrad.trajectory.watching import Modes
 
@@ -32,8 +33,8 @@ class Noted(NamedTuple):
     scale: float | None
     passes: tuple[Pass, ...]
     draws: tuple[Draw | None, ...]
-    reading: Reading
-    """What was read of its gradients."""
+    reading: Reading | None
+    """What was read of its gradients; None: nothing."""
 
     def contents(self) -> list[Any]:
         """The batches themselves, if they are kept: those that replay will run."""
@@ -68,8 +69,7 @@ class StepNotes:
 
     def note(self, index: int, batches: list[PendingBatch], skipped: list[PendingBatch]) -> Noted:
         """The step that is about to be taken, its gradients complete."""
-        grads = [param.grad for param in self._params]
-        self._look_at(grads)
+        self._look()
         return Noted(
             index,
             batches,
@@ -81,21 +81,21 @@ class StepNotes:
             self._clips.take(),
             None if self._scaler is None else self._scaler.get_scale(),
             *self._in_order(batches, skipped),
-            self._fingerprint.read(grads),
+            self._fingerprint.read([param.grad for param in self._params]) if fingerprinted(index) else None,
         )
 
     def forget(self) -> None:
         """A checkpoint: replay may start here, so no draw goes on across it."""
         self._draws.forget()
 
-    def records(self, noted: list[Noted]) -> list[StepRecord]:
+    def records(self, steps: list[Noted]) -> list[StepRecord]:
         """The records of steps, in whatever thread."""
-        fingerprints = self._fingerprint.finish([one.reading for one in noted])
-        return [_record(one, found) for one, found in zip(noted, fingerprints, strict=True)]
+        found = iter(self._fingerprint.finish([step.reading for step in steps if step.reading is not None]))
+        return [_record(step, None if step.reading is None else next(found)) for step in steps]
 
-    def _look_at(self, grads: list[Tensor | None]) -> None:
+    def _look(self) -> None:
         """Find names without a gradient, and names that hold one without requiring it: the same objects if the same."""
-        known = [grad is None for grad in grads], [param.requires_grad for param in self._params]
+        known = [param.grad is None for param in self._params], [param.requires_grad for param in self._params]
         if known != self._known:
             self._known = known
             none = frozenset([name for name, missing in zip(self._names, known[0], strict=True) if missing])
@@ -124,7 +124,7 @@ class StepNotes:
         return tuple(passes), tuple(draws)
 
 
-def _record(step: Noted, fingerprint: Tensor) -> StepRecord:
+def _record(step: Noted, fingerprint: Tensor | None) -> StepRecord:
     return StepRecord(
         index=step.number,
         epoch=step.batches[0].epoch,

@@ -25,6 +25,7 @@ from hydragrad.trajectory.resuming import Resumption, can_go_on, check_same, las
 from hydragrad.trajectory.segments import Segments
 from hydragrad.trajectory.settings import Settings, refuse_closure
 from hydragrad.trajectory.sources import Sources, Watched
+from hydragrad.trajectory.sparing import digested
 from hydragrad.trajectory.state import Manifest, State, capture_state, live_buffers
 from hydragrad.trajectory.store import Trajectory
 from hydragrad.trajectory.thinning import Thinning
@@ -265,7 +266,8 @@ class Recording:
             for epoch, ids, batch in passing:
                 self._initial = self._initial or self._capture()
                 self._batch_leaves = self._batch_leaves or describe_batch(batch)
-                pending = PendingBatch(ids, batch_digests(batch, len(ids)), epoch, place)
+                digests = batch_digests(batch, len(ids)) if digested(self._count, epoch) else None
+                pending = PendingBatch(ids, digests, epoch, place)
                 if self._given.keep_batches:
                     pending.content = keep(batch)
                 self._now.batches.append(pending)
@@ -313,7 +315,6 @@ class Recording:
         if self._now.batches:
             self._now.batches[-1].backward = True
 
-    @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._writer is not None
         refuse_closure(optimizer, args, kwargs)

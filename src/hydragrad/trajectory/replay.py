@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from hydragrad.errors import MismatchError, NonFiniteError, message
 from hydragrad.problem import Problem
-from hydragrad.trajectory.agreement import explain_data, explain_gradient, gradient_difference, tolerance
+from hydragrad.trajectory.agreement import contents, explain_data, explain_gradient, gradient_difference, tolerance
 from hydragrad.trajectory.batches import BatchSource, to_device
 from hydragrad.trajectory.binding import lay_out
 from hydragrad.trajectory.digests import batch_digests
 from hydragrad.trajectory.fingerprints import GradientFingerprint
 from hydragrad.trajectory.optimizers import build_optimizer, restore_optimizer
 from hydragrad.trajectory.randomness import DrawReader, RandomState
+from hydragrad.trajectory.sparing import suspects
 from hydragrad.trajectory.state import Hyper, State, StepRecord, capture_state, live_buffers
 from hydragrad.trajectory.store import Trajectory
 from hydragrad.trajectory.watching import autocast_as
@@ -232,6 +233,8 @@ class Replayer:
             module.training = modes.get(name, module.training)
 
     def _compare(self, step: StepRecord) -> None:
+        if step.fingerprint is None:
+            return
         replayed = self._fingerprint([param.grad for param in self._params.values()])
         difference = gradient_difference(step.fingerprint, replayed)
         if difference == 0.0:
@@ -239,8 +242,18 @@ class Replayer:
         self.differences[step.index] = difference
         trained = max((tolerance(param.dtype) for param in self._trained), default=0.0)
         if difference > trained:
-            examples = len(step.batches[0])
-            raise MismatchError(explain_gradient(step.fingerprint, replayed, step.index, examples, step.random))
+            suspected = suspects(self._trajectory.steps, step.index)
+            for suspect in suspected:
+                self._look_at_data(self._trajectory.steps[suspect])
+            raise MismatchError(explain_gradient(step, replayed, len(suspected) - 1))
+
+    def _look_at_data(self, step: StepRecord) -> None:
+        """Refuse batches without digests whose content is not the one that other steps' digests tell, if they do."""
+        known, told = contents(self._trajectory.steps, len(self._problem.data))
+        for ids, digests, epoch in zip(step.batches, step.digests, step.epochs, strict=True):
+            if digests is None:
+                found = batch_digests(self.source.fetch(ids, epoch=epoch), len(ids)).cpu()
+                self._checked(ids, torch.where(told[ids], known[ids], found), epoch, step.index)
 
     def _second_look(self, ids: Tensor, digests: Tensor, epoch: int, step: int) -> Any:
         batch = self.source.fetch(ids, epoch=epoch, fresh=True)

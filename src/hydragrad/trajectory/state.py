@@ -43,7 +43,7 @@ class Pass:
     """
 
     ids: Tensor
-    digests: Tensor
+    digests: Tensor | None
     epoch: int
     place: int
     modes: Mapping[str, bool]
@@ -56,22 +56,23 @@ class Pass:
 class StepRecord:
     """What happened in one optimizer step, without the values: those come from replay.
 
-    ``batches``: ids of each micro-batch in order, int64 ``[b]``; ``digests``: per-example content digests, parallel;
-    ``groups``: hyperparameters of each param group; ``fingerprint``: float64 [3], the gradient's norm and two
-    projections just before the update; ``modes``: submodule name -> training; ``skipped``: ids of batches before this
-    step that no gradient came from; ``draws``: what each micro-batch drew random numbers from, None for nothing;
-    ``clips``: how the gradient was clipped, in order, before the fingerprint was taken; ``scale``: of a gradient
-    scaler; ``autocast`` of each micro-batch's forward pass; ``frozen``: parameters that held a gradient while they did
-    not require one; ``passes``: skipped batches that changed buffers.
+    ``batches``: ids of each micro-batch in order, int64 ``[b]``; ``digests``: per-example content digests, parallel,
+    None where they were not noted; ``groups``: hyperparameters of each param group; ``fingerprint``: float64 [3], the
+    gradient's norm and two projections just before the update, None where it was not noted; ``modes``: submodule name
+    -> training; ``skipped``: ids of batches before this step that no gradient came from; ``draws``: what each
+    micro-batch drew random numbers from, None for nothing; ``clips``: how the gradient was clipped, in order, before
+    the fingerprint was taken; ``scale``: of a gradient scaler; ``autocast`` of each micro-batch's forward pass;
+    ``frozen``: parameters that held a gradient while they did not require one; ``passes``: skipped batches that changed
+    buffers.
     """
 
     index: int
     epoch: int
     batches: tuple[Tensor, ...]
-    digests: tuple[Tensor, ...]
+    digests: tuple[Tensor | None, ...]
     groups: tuple[Hyper, ...]
     without_grad: frozenset[str]
-    fingerprint: Tensor
+    fingerprint: Tensor | None
     modes: Mapping[str, bool] = field(default_factory=dict)
     epochs: tuple[int, ...] = ()
     loaders: tuple[int, ...] = ()

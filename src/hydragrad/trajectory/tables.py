@@ -39,6 +39,22 @@ class Table:
         return self._places[key]
 
 
+def encode_digests(digests: Sequence[Tensor | None], name: str) -> dict[str, Tensor]:
+    """Digests of batches one after the other, and of which batches they are."""
+    noted = [part.to("cpu") for part in digests if part is not None]
+    return {
+        name: torch.cat([torch.zeros(0, dtype=torch.int64), *noted]),
+        f"{name}_of": torch.tensor([part is not None for part in digests], dtype=torch.int64),
+    }
+
+
+def decode_digests(tensors: dict[str, Tensor], name: str, lengths: Sequence[int]) -> list[Tensor | None]:
+    """Inverse of ``encode_digests`` for batches of these lengths."""
+    noted = tensors[f"{name}_of"].tolist()
+    parts = tensors[name].split([length if one else 0 for length, one in zip(lengths, noted, strict=True)])
+    return [part if one else None for part, one in zip(parts, noted, strict=True)]
+
+
 def encode_draws(draws: Sequence[Draw | None]) -> dict[str, Tensor]:
     """``draws`` int64 [micro-batches, generators]: nothing drawn, going on, or a row of ``random_<generator>``."""
     states: dict[str, list[Tensor]] = {name: [] for name in GENERATORS}
@@ -86,7 +102,7 @@ def encode_passes(passes: Sequence[Pass], modes: Table, autocast: Table) -> dict
     return {
         "passes": torch.tensor(rows, dtype=torch.int64),
         "passes_ids": torch.cat([p.ids for p in passes]),
-        "passes_digests": torch.cat([p.digests.to("cpu") for p in passes]),
+        **encode_digests([p.digests for p in passes], "passes_digests"),
     }
 
 
@@ -99,7 +115,8 @@ def decode_passes(
     rows = tensors["passes"].tolist()
     if min(min(row) for row in rows) < 0:
         raise ValueError("a negative count or place in a table")
-    ids, digests = (tensors[name].split([row[0] for row in rows]) for name in ("passes_ids", "passes_digests"))
+    lengths = [row[0] for row in rows]
+    ids, digests = tensors["passes_ids"].split(lengths), decode_digests(tensors, "passes_digests", lengths)
     return [
         Pass(ids[k], digests[k], epoch, place, modes[mode], casts[cast], draws[k])
         for k, (_, epoch, place, mode, cast) in enumerate(rows)

@@ -19,6 +19,7 @@ from hydragrad.journal import Entry
 from hydragrad.step.clipping import Clip
 from hydragrad.trajectory.optimizers import misfit, torch_optimizer
 from hydragrad.trajectory.points import Point
+from hydragrad.trajectory.sparing import fingerprinted
 from hydragrad.trajectory.state import Hyper, Manifest, State, StepRecord
 from hydragrad.trajectory.watching import Autocast
 
@@ -109,16 +110,19 @@ def check_steps(steps: list[StepRecord], manifest: Manifest, indices: range, pat
     limit = _LARGEST if manifest.data_length is None else manifest.data_length
     ids = [ids for step in steps for ids in (*step.batches, *step.skipped, *(one.ids for one in step.passes))]
     digests = [part for step in steps for part in (*step.digests, *(one.digests for one in step.passes))]
+    digests = [part for part in digests if part is not None]
     if any(part.dim() != 1 or part.dtype != torch.int64 for part in (*ids, *digests)):
         refuse("int64 ids and digests", [str(part.dtype) for part in (*ids, *digests)][:4])
     flat = torch.cat([torch.zeros(1, dtype=torch.int64), *ids])
     if int(flat.min()) < 0 or int(flat.max()) >= max(limit, 1):
         refuse(f"ids from 0 to {limit - 1}", f"ids from {int(flat.min())} to {int(flat.max())}")
     for step in steps:
-        if not step.batches or any(len(a) != len(b) for a, b in zip(step.batches, step.digests, strict=True)):
-            refuse(f"batches of step {step.index}, a digest per example", len(step.batches))
+        if not step.batches:
+            refuse(f"batches of step {step.index}", 0)
         _check_circumstances(step, manifest, refuse)
-        if tuple(step.fingerprint.shape) != (3,) or step.fingerprint.dtype != torch.float64:
+        if fingerprinted(step.index) != (step.fingerprint is not None):
+            refuse("a gradient's fingerprint where one is noted, and only there", f"step {step.index}")
+        if step.fingerprint is not None and (step.fingerprint.shape != (3,) or step.fingerprint.dtype != torch.float64):
             refuse("a gradient's fingerprint", step.fingerprint)
     optimizer = torch_optimizer(manifest.optimizer)
     for step in _distinct(steps, lambda step: (id(step.groups), id(step.without_grad), id(step.modes))):
@@ -136,8 +140,8 @@ def check_steps(steps: list[StepRecord], manifest: Manifest, indices: range, pat
 def _check_circumstances(step: StepRecord, manifest: Manifest, refuse: Callable[[str, Any], None]) -> None:
     """Passes, clips, scales, autocast and frozen names of one step."""
     for one in step.passes:
-        if len(one.ids) != len(one.digests) or not 0 <= one.place <= len(step.batches) or one.epoch < 0:
-            refuse(f"skipped batches of step {step.index}, a digest per example", one.place)
+        if not 0 <= one.place <= len(step.batches) or one.epoch < 0:
+            refuse(f"skipped batches of step {step.index} among its {len(step.batches)}", one.place)
         if not fits(one.modes, dict[str, bool]):
             refuse("modules' modes", one.modes)
     for clip in step.clips:
