@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import hydragrad as hg
+from hydragrad.errors import message
 from hydragrad.step import Update, register, supported, updates
 from hydragrad.step.updates import safe_sqrt
 from tests.hypergradient.recorded import EPOCHS, Passes, recipe_of, recorded, values
@@ -38,6 +39,12 @@ def refused(kind: type[hg.HydragradError], *words: str) -> Iterator[None]:
     for word in words:
         assert word in told[place:], f"no {word!r} after {told[:place]!r} in: {told}"
         place = told.index(word, place) + len(word)
+
+
+def test_sentences_of_a_refusal_end_once() -> None:
+    told = message("is it so?", expected="1 to 3.", got="a.b", cause="why not?", remedy="ask again")
+    assert told == "is it so? Expected: 1 to 3. Got: a.b. Likely cause: why not? Remedy: ask again."
+    assert message("zero.", expected=0, got=None) == "zero. Expected: 0."
 
 
 def trained(

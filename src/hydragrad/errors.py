@@ -32,13 +32,10 @@ def message(summary: str, *, expected: object = None, got: object = None, cause:
 
     Example: ``message("wrong length", expected=3, got=4, remedy="give the data set of the recorded run")``.
     """
-    parts = [summary.rstrip(". ") + "."]
-    if expected is not None:
-        parts.append(f"Expected: {expected}.")
-    if got is not None:
-        parts.append(f"Got: {got}.")
-    if cause:
-        parts.append(f"Likely cause: {cause.rstrip('. ')}.")
-    if remedy:
-        parts.append(f"Remedy: {remedy.rstrip('. ')}.")
-    return " ".join(parts)
+    given = {"Expected: ": expected, "Got: ": got, "Likely cause: ": cause or None, "Remedy: ": remedy or None}
+    return " ".join([_sentence(summary), *(_sentence(f"{name}{x}") for name, x in given.items() if x is not None)])
+
+
+def _sentence(words: str) -> str:
+    words = words.rstrip()
+    return words if words.endswith(("?", "!", ".")) else words + "."

@@ -144,6 +144,10 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise StoreError(broken_file(path, "is missing", "a file", "nothing")) from error
+    except IsADirectoryError as error:
+        raise StoreError(
+            message(f"{path} is a folder", expected="a file", cause="a run's folder where an answer's file should be")
+        ) from error
     except OSError as error:
         raise StoreError(
             broken_file(path, "cannot be read", "a readable file", error.strerror or str(error))
@@ -170,8 +174,8 @@ def broken_file(path: Path, what: str, expected: str, got: str) -> str:
         f"{path} {what}",
         expected=expected,
         got=got,
-        cause="the file was edited, swapped, deleted or only partly copied after it was written",
-        remedy="copy it again, whole, or make it anew",
+        cause="the file was edited, swapped, deleted or only partly copied after it was written, or another is meant",
+        remedy="copy it again, whole, make it anew, or look at the path",
     )
 
 

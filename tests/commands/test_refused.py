@@ -26,7 +26,18 @@ from tests.commands.running import TASK, run
         (("report", "RUN", "--task", TASK, "--scores", "no-scores"), "StoreError: no-scores is missing"),
         (("report", "RUN", "--task", TASK, "--scores", "small_tasks.py"), "StoreError: small_tasks.py cannot be read"),
         (("attribute", "elsewhere", "--task", TASK), "StoreError: no recorded run in elsewhere"),
+        (("attribute", "small_tasks.py", "--task", TASK), "no recorded run in small_tasks.py. Expected: a folder"),
+        (("validate", "RUN", "--task", TASK, "--scores", "RUN"), "is a folder. Expected: a file."),
         (("train", "small_tasks.py:eleven", "--out", "x"), "eleven is not a task"),
+        (("train", "small_tasks.py:three", "--out", "x"), "do not take its training data"),
+        (
+            ("train", "small_tasks.py:doubles", "--out", "x"),
+            "the batch holds [0]: float64 [4] each, [1]: int64 [] each",
+        ),
+        (("train", "small_tasks.py:beyond", "--out", "x"), "IndexError: Target 3 is out of bounds; the batch holds"),
+        (("train", "small_tasks.py:nothing", "--out", "x"), "task 'small' has no training examples"),
+        (("train", "small_tasks.py:classy", "--out", "x"), "optimizer of task 'small' makes none"),
+        (("train", "small_tasks.py:instance", "--out", "x"), "model of task 'small' is a module"),
     ],
 )
 def test_refusals_are_a_message_and_exit_code_1(trained: Path, arguments: tuple[str, ...], words: str) -> None:
@@ -44,6 +55,7 @@ def test_refusals_are_a_message_and_exit_code_1(trained: Path, arguments: tuple[
         (("attribute", "RUN", "-t", TASK, "--method", "guess"), "gauss-newton"),
         (("attribute", "RUN"), "--task"),
         (("mislabels", "RUN", "-t", TASK, "--out", "."), "name a file"),
+        (("mislabels", "RUN", "-t", TASK, "--out", "suspects.xlsx"), "is written as CSV"),
         (("mislabels", "RUN", "-t", TASK, "--signal", "vibes"), "el2n"),
         (("validate", "RUN", "-t", TASK, "--scores", "s", "--out", "."), "name a file"),
         (("validate", "RUN", "-t", TASK, "--scores", "s", "--plot", "."), "name a file"),
@@ -68,6 +80,15 @@ def test_wrong_usage_is_exit_code_2_before_any_work(
     monkeypatch.setattr("hydragrad.commands.reporting.write_report", never)
     result = run(*(str(trained) if word == "RUN" else word for word in arguments), code=2)
     assert words in result.output
+
+
+def test_the_folder_at_hand_is_named_in_full(folder: Path) -> None:
+    assert f"no recorded run in {folder}. Expected" in run("attribute", ".", "--task", TASK, code=1).output
+
+
+def test_training_without_test_examples_and_one_that_diverges_say_so(folder: Path) -> None:
+    assert "no test examples: nothing to ask about" in run("train", "small_tasks.py:untested", "--out", "a").output
+    assert "mean test loss nan: the run diverged" in run("train", "small_tasks.py:holes", "--out", "b").output
 
 
 @pytest.mark.parametrize("task", ["narrow", "texts", "ragged"])

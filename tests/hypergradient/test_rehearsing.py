@@ -124,3 +124,8 @@ def test_the_clock_stands_while_a_processor_is_waited_for(monkeypatch, tmp_path)
     assert clock.quiet_seconds() == 98.5
     told.write_text("nothing\n")
     assert clock.quiet_seconds() == 100.0
+
+
+def test_laps_that_the_clock_corrects_below_nothing_are_no_gain() -> None:
+    assert rehearsing._typical([-3.0, -1.0, 2.0]) == 0.0
+    assert rehearsing._typical([1.0, 3.0, -1.0]) == 1.0

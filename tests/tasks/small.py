@@ -48,7 +48,18 @@ narrow = replace(small, test=TensorDataset(points[20:, :3], labels[20:]))
 texts = replace(small, test=["some", "words"] * 5)
 ragged = replace(small, test=[(torch.zeros(size), 1) for size in range(10)])
 squared = make(loss=lambda model, batch: loss(model, batch) ** 2)
+three = replace(small, train=TensorDataset(points[:20, :3], labels[:20]))
+doubles = replace(small, train=TensorDataset(points[:20].double(), labels[:20]))
+beyond = replace(small, train=TensorDataset(points[:20], labels[:20] + 1))
+nothing = replace(small, train=TensorDataset(points[:0], labels[:0]))
+untested = replace(small, test=TensorDataset(points[:0], labels[:0]))
+holes = replace(small, train=TensorDataset(points[:20] * torch.nan, labels[:20]))
+classy = replace(small, optimizer=torch.optim.SGD)
 eleven = 11
+
+
+def instance():
+    return replace(small, model=nn.Linear(4, 3))
 
 
 def no_task():

@@ -1,5 +1,6 @@
 """The commands, their options and their help."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -133,9 +134,13 @@ def train(
     )
     for step, dropped in run.trajectory.resumptions:
         say(f"gone on from step {step}; {dropped} recorded steps after it were taken again")
-    test_loss = float(losses_at(run, run.trajectory.state(run.num_steps), chosen.test).mean())
+    told = "no test examples: nothing to ask about"
+    if len(chosen.test):
+        test_loss = float(losses_at(run, run.trajectory.state(run.num_steps), chosen.test).mean())
+        told = f"mean test loss {test_loss:.4f}"
+        told += "" if math.isfinite(test_loss) else ": the run diverged, or its data is not finite"
     say(
-        f"recorded {run.num_steps} steps in {out}; mean test loss {test_loss:.4f}",
+        f"recorded {run.num_steps} steps in {out}; {told}",
         f"next: hydragrad attribute {out} --task {task}",
     )
 

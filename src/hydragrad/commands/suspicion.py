@@ -64,6 +64,8 @@ def mislabels(
 
     Read off the states that the recorded run stored; --signal ensemble alone trains again.
     """
+    if out is not None and out.suffix.lower() not in ("", ".csv", ".txt"):
+        raise typer.BadParameter(f"{out} is written as CSV: name a .csv file", param_hint="--out")
     file_to_write(out, "--out")
     chosen = resolve_task(task)
     bound = chosen.load(run)

@@ -1,5 +1,6 @@
 """Whether the objective that sweeps differentiate is the training step that was taken."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -55,10 +56,16 @@ def gradient_gap(
                 "dropout"
                 if drawn
                 else "find the layer by training without one after the other for a step, and report it; where it is "
-                f"autocast's rounding, insist with drift_tolerance={gap:.2g} or more",
+                f"autocast's rounding, insist with drift_tolerance={_above(gap):g} or more",
             )
         )
     return gap
+
+
+def _above(gap: float) -> float:
+    """The gap to two digits, never below it: what is advised must do."""
+    power = 10.0 ** (math.floor(math.log10(gap)) - 1)
+    return float(f"{math.ceil(gap / power) * power:.2g}")
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

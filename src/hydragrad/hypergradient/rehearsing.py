@@ -107,7 +107,7 @@ class Rehearsal:
         first = max(marks, key=lambda t: (min(steps, sweep.stop - t), len(trajectory.steps[t].batches[0]), t))
         began = clock()
         self._state = trajectory.state(first)
-        self._load = clock() - began
+        self._load = max(clock() - began, 0.0)
         self._stop = min(first + steps, sweep.stop)
 
     def counted(self, known: Costs, counts: Sequence[int]) -> Costs:
@@ -130,13 +130,13 @@ class Rehearsal:
             if done >= 2 and time.perf_counter() > until:
                 break
             self._round(narrow, wide, laps)
-        one = statistics.median(laps.narrow)
-        two = statistics.median(laps.wide) if wide > narrow else one
+        one = _typical(laps.narrow)
+        two = _typical(laps.wide) if wide > narrow else one
         query = max((two - one) / (wide - narrow), 0.5 * two / wide) if wide > narrow else one / narrow
         return replace(
             known,
-            advance=statistics.median(laps.advance),
-            capture=statistics.median(laps.capture),
+            advance=_typical(laps.advance),
+            capture=_typical(laps.capture),
             load=self._load,
             step=max(two - wide * query, 0.0),
             query=query,
@@ -215,3 +215,8 @@ class Rehearsal:
     def _now(self) -> float:
         synchronize(self._sweep.replayer.device)
         return self._clock()
+
+
+def _typical(laps: list[float]) -> float:
+    """Their median; a lap that the clock's correction makes shorter than nothing is none."""
+    return max(statistics.median(laps), 0.0)

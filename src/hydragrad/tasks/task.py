@@ -53,6 +53,15 @@ class Task:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise MismatchError(message(f"{name} of task {self.name!r}", expected="a positive int", got=value))
+        if isinstance(self.model, nn.Module):
+            raise MismatchError(
+                message(
+                    f"model of task {self.name!r} is a module",
+                    expected="a function without arguments that makes one, so that a run can begin anew",
+                    got=type(self.model).__name__,
+                    remedy="model=lambda: torch.nn.Linear(2, 2), say",
+                )
+            )
 
     def __repr__(self) -> str:
         return f"Task({self.name!r}, {len(self.train)} training and {len(self.test)} test examples)"
@@ -62,6 +71,23 @@ class Task:
         with kept_random_state():
             torch.manual_seed(self.seed)
             return self.model()
+
+    def optimize(self, model: nn.Module) -> Optimizer:
+        """The optimizer of ``model``; raises MismatchError where ``optimizer`` makes none of it."""
+        try:
+            made: Any = self.optimizer(model)
+        except TypeError as error:
+            made = error
+        if isinstance(made, Optimizer):
+            return made
+        raise MismatchError(
+            message(
+                f"optimizer of task {self.name!r} makes none",
+                expected="a function of the model that returns a torch optimizer",
+                got=f"{type(made).__name__}: {made}" if isinstance(made, TypeError) else type(made).__name__,
+                remedy="optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1), say",
+            )
+        ) from (made if isinstance(made, TypeError) else None)
 
     def load(self, path: str | Path) -> Run:
         """A recorded run of this task, bound to its model, loss and data; raises what ``hydragrad.load`` raises."""

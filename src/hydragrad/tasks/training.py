@@ -1,5 +1,7 @@
 """An ordinary training loop, recorded."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,12 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from hydragrad.errors import MismatchError, message
+from hydragrad.errors import HydragradError, MismatchError, message
 from hydragrad.problem import Problem, Reduction
 from hydragrad.run import Run, kept_random_state
 from hydragrad.tasks.task import Task
 from hydragrad.trajectory.batches import to_device
+from hydragrad.trajectory.digests import describe_batch
 from hydragrad.trajectory.recording import record
 from hydragrad.trajectory.resuming import Resumption
 
@@ -36,10 +39,12 @@ def train(
     """
     if not isinstance(task, Task):
         raise MismatchError(message("there is no task to train", expected="a hydragrad.Task", got=repr(task)[:80]))
+    if not len(task.train):
+        raise MismatchError(message(f"task {task.name!r} has no training examples", expected="at least one"))
     with kept_random_state():
         torch.manual_seed(task.seed)
         model = task.model()
-        optimizer = task.optimizer(model)
+        optimizer = task.optimize(model)
         _loop(task, Path(path), model, optimizer, overwrite, resume, checkpoint_every, progress)
     return task.load(path)
 
@@ -89,9 +94,31 @@ def _loop(
                 examples = min(task.batch_size, len(task.train) - place * task.batch_size)
                 batch = to_device(batch, device)
                 optimizer.zero_grad()
-                losses = Problem.checked(task.loss(model, batch), examples)
+                with _taking(task, batch):
+                    losses = Problem.checked(task.loss(model, batch), examples)
                 reduction.scalar(batch, losses, None).backward()
                 optimizer.step()
                 bar.update()
             if scheduler:
                 scheduler.step()
+
+
+@contextlib.contextmanager
+def _taking(task: Task, batch: Any) -> Iterator[None]:
+    """Turn an error of the user's model or loss on a batch into a MismatchError that says what was in it."""
+    try:
+        yield
+    except (HydragradError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        parts = [f"{part['path'] or 'input'}: {part['dtype']} {part['shape']} each" for part in describe_batch(batch)]
+        raise MismatchError(
+            message(
+                f"the model and the loss of task {task.name!r} do not take its training data",
+                expected="loss(model, batch) -> one number for each example",
+                got=f"{type(error).__name__}: {str(error)[:300].rstrip('.')}; the batch holds {', '.join(parts)}",
+                cause="samples of another shape or dtype than the model's, labels beyond its classes or of another "
+                "dtype, or an error in the loss",
+                remedy="call loss(model, batch) on a batch of the data by hand",
+            )
+        ) from error

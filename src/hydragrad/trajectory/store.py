@@ -148,8 +148,9 @@ def _read_manifest(folder: Path) -> tuple[Manifest, bytes]:
     if not os.path.isfile(path):
         raise StoreError(
             message(
-                f"no recorded run in {folder}",
-                expected=f"a file {MANIFEST}",
+                f"no recorded run in {os.path.abspath(folder) if os.path.basename(folder) in ('', '.') else folder}",
+                expected=f"a folder with a file {MANIFEST}",
+                got="a file" if os.path.isfile(folder) else None,
                 cause="a wrong path, or a run that ended before its first optimizer step",
                 remedy="give the folder that was given to hydragrad.record",
             )
