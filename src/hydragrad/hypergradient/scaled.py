@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.factors import Factors, terms_of
 from hydragrad.hypergradient.tracing import TracedFunction
 from hydragrad.step.objective import Objective, Point, Vectors
 
@@ -55,7 +56,7 @@ class Direct(ScaledEngine):
 
 @final
 class PerExampleGradients(ScaledEngine):
-    """The gradients ``[b, P]`` of the batch formed once by vmap over its examples, then one matrix product.
+    """The gradients of the batch found once by vmap over its examples, then a matrix product for each parameter.
 
     Right only where an example's loss does not depend on the rest of its batch, every tensor of the batch has the
     examples first and nothing is drawn; whoever chooses the engine compares it with another.
@@ -65,11 +66,14 @@ class PerExampleGradients(ScaledEngine):
 
     def __init__(self, objective: Objective) -> None:
         super().__init__(objective)
-        self._last: tuple[Point, Vectors] | None = None
-        self._traced = TracedFunction(self.gradients)
+        self._last: tuple[Point, Sequence[Tensor | Factors]] | None = None
+        self._traced = TracedFunction(self.gradients, outer=True)
 
     def held(self, point: Point) -> int:
-        return point.coefficients.shape[0] * sum(p.nbytes for p in point.params)
+        """What was found for a point before; until then what all gradients take, written out."""
+        if self._last is None:
+            return point.coefficients.shape[0] * sum(p.nbytes for p in point.params)
+        return sum(x.nbytes for found in self._last[1] for x in (found if isinstance(found, tuple) else (found,)))
 
     def terms(self, point: Point, scale: Scale, directions: Vectors) -> Tensor:
         if self._last is None or self._last[0] is not point:
@@ -79,11 +83,7 @@ class PerExampleGradients(ScaledEngine):
             )
         total: Tensor | None = None
         for gradient, s, d in zip(self._last[1], scale, directions, strict=True):
-            if not isinstance(s, Tensor):  # a number waits for the product, which is smaller
-                part = d.flatten(1) @ gradient.flatten(1).T
-                total = part.mul_(s) if total is None else total.add_(part, alpha=s)
-                continue
-            part = d.flatten(1) @ (gradient * s).flatten(1).T
+            part = terms_of(gradient, s, d)
             total = part if total is None else total.add_(part)
         assert total is not None
         return total

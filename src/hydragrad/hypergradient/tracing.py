@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from hydragrad.hypergradient.agreement import close
 from hydragrad.hypergradient.curvature import Engine, Products
+from hydragrad.hypergradient.factors import factored, whole
 from hydragrad.hypergradient.hoisting import Halves, halved
 from hydragrad.hypergradient.linear import combined, dependent
 from hydragrad.hypergradient.lowering import lowered
@@ -38,11 +39,14 @@ class TracedFunction:
     ``settled``: trace the first form alone, so that no result's rounding depends on what was called before.
     ``linear``: how many of the last inputs the function is linear in, all together (an engine's block of vectors; 0:
     none). What does not depend on these is then computed once for all calls that come with the same object ``at``.
+    ``outer``: results that are outer products come as their ``Factors`` where a graph computes them.
     """
 
-    def __init__(self, function: Callable[..., Any], *, compile: bool = False, linear: int = 0) -> None:
+    def __init__(
+        self, function: Callable[..., Any], *, compile: bool = False, linear: int = 0, outer: bool = False
+    ) -> None:
         self.function = function
-        self.compile, self.settled, self.linear = compile, False, linear
+        self.compile, self.settled, self.linear, self.outer = compile, False, linear, outer
         self._seen: dict[Any, int] = {}
         self._untraceable: set[Any] = set()
         self._graphs: dict[Any, tuple[Callable[..., Any] | Halves, Any]] = {}
@@ -91,7 +95,7 @@ class TracedFunction:
         except RuntimeError:
             return False
         leaves = pytree.tree_leaves(plain)
-        return all(close(x, y) if isinstance(y, Tensor) else x == y for x, y in zip(found, leaves, strict=True))
+        return all(close(whole(x), y) if isinstance(y, Tensor) else x == y for x, y in zip(found, leaves, strict=True))
 
     def _trace(self, inputs: tuple[Any, ...]) -> tuple[Callable[..., Any] | Halves, Any]:
         leaves, structure = pytree.tree_flatten(inputs)
@@ -105,6 +109,7 @@ class TracedFunction:
             return out
 
         graph = simplified(_functional_graph(flat, [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]))
+        graph = factored(graph) if self.outer and not changes_in_place(graph) else graph
         compiled = self.compile and not self._graphs  # only the usual form: compiling takes tens of seconds
         block = self._block(graph, inputs)
         if not block or changes_in_place(graph) or draws_numbers(graph):
