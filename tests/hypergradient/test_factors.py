@@ -51,6 +51,17 @@ def test_a_linear_layers_gradients_come_as_factors_that_are_those_of_autograd(na
     assert_close(whole(found), torch.stack(by_hand), ORACLE)
 
 
+@pytest.mark.parametrize(
+    "turn", [lambda x: x.transpose(1, 2), lambda x: x.permute(0, 2, 1), lambda x: x.transpose(0, 1)]
+)
+def test_a_product_that_is_turned_comes_as_turned_factors(turn: Callable[[Tensor], Tensor]) -> None:
+    """And one whose examples no longer come first is written out."""
+    left, right = torch.randn(B, M, 1, dtype=torch.float64), torch.randn(B, 1, N, dtype=torch.float64)
+    found = TracedFunction(lambda x, y: turn(torch.bmm(x, y)), outer=True)(left, right)
+    assert isinstance(found, Tensor) == (turn(torch.empty(B, M, N)).shape[0] != B)
+    assert torch.equal(whole(found), turn(torch.bmm(left, right)))
+
+
 def test_sums_over_positions_are_no_outer_products() -> None:
     w, x = torch.randn(M, N, dtype=torch.float64), torch.randn(B, 2, N, dtype=torch.float64)
     found = TracedFunction(lambda w, x: each(F.linear, w, x), outer=True)(w, x)
