@@ -1,5 +1,6 @@
 """Loading binds a run to live objects and names whatever is not as it was recorded."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default
 
 from hydragrad.errors import MismatchError, UnsupportedError
 from hydragrad.problem import Reduction
+from hydragrad.trajectory.agreement import explain_gradient
 from hydragrad.trajectory.recording import record
 from tests.trajectory.loops import (
     CLASSES,
@@ -133,6 +135,7 @@ def squared(model: nn.Module, batch: Any) -> Tensor:
         ({"reduction": "sum"}, r"step 0 is 5 times larger.*batch size.*reduction='mean'"),
         ({"loss": scaled(0.25)}, r"step 0 is 4 times smaller"),
         ({"loss": scaled(4.0)}, r"step 0 is 4 times larger.*did the loop divide the loss by accumulation steps\?"),
+        ({"loss": scaled(1.004)}, r"step 0 is 1.004 times larger.*a weighted or masked mean"),
         ({"loss": scaled(1.7)}, r"step 0 is 1.7 times larger.*loss scaling, or gradient clipping"),
         ({"loss": squared}, r"differs from the recorded one, not only in scale.*another loss"),
         ({"loss": lambda m, b: losses(m, b).mean()}, r"not per example.*\[5\].*reduction='none'"),
@@ -143,6 +146,29 @@ def squared(model: nn.Module, batch: Any) -> Tensor:
 def test_another_loss_or_reduction_is_refused(changes: dict[str, Any], words: str, recorded: Path) -> None:
     with pytest.raises((MismatchError, UnsupportedError), match=words):
         bind(recorded, **changes)
+
+
+def test_gradients_that_are_nearly_equal_are_no_multiples(recorded: Path) -> None:
+    """A small penalty left out: norms 0.07 % apart, projections by other factors."""
+    step = replace(bind(recorded).steps[0], fingerprint=torch.tensor([0.693924, -1.10306, 0.393706]))
+    told = explain_gradient(step, torch.tensor([0.694379, -1.10429, 0.397701]), 0)
+    assert "differs from the recorded one, not only in scale" in told
+    assert "a penalty in the loop's loss" in told
+
+
+def test_a_penalty_that_was_not_given_is_asked_for(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = sgd(model)
+    with record(tmp_path / "run", model, optimizer) as recording:
+        for batch in recording.batches(DataLoader(make_data(), 4)):
+            optimizer.zero_grad()
+            penalty = sum(param.abs().sum() for param in model.parameters())
+            (losses(model, batch).mean() + 3e-3 * penalty).backward()
+            optimizer.step()
+    with pytest.raises(MismatchError, match=r"step 0 differs.*not only in scale.*a penalty in the loop's loss"):
+        bind(tmp_path / "run")
+    given = bind(tmp_path / "run", penalty=lambda m: 3e-3 * sum(p.abs().sum() for p in m.parameters()))
+    assert_same_params(given.replay().params, params_of(model))
 
 
 def test_rounding_of_the_loss_is_no_difference(recorded: Path) -> None:

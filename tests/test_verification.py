@@ -1,5 +1,6 @@
 """Verification says how far a replay is from the record, and why."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,25 @@ def test_a_gradient_that_differs_later_may_have_been_meddled_with(tmp_path: Path
     found = verify(bind(tmp_path / "run"))
     assert found.first_difference == 1
     assert "something else than the recorded optimizer changed parameters" in str(found)
+    assert "or the loop changed an attribute of the model" in str(found)
+
+
+def test_best_weights_loaded_after_the_block_are_a_recorded_step(tmp_path: Path) -> None:
+    """Early stopping as the page on recording advises, with a copy of the model taken inside the block."""
+    model, kept = normalized(), list[nn.Module]()
+
+    def keep() -> None:
+        kept.append(copy.deepcopy(model))
+
+    record_run(tmp_path / "run", model, on_step=keep)
+    model.load_state_dict(kept[6].state_dict())
+    run = bind(tmp_path / "run", model=normalized())
+    assert verify(run).exact
+    state = run.replay(until=7)
+    assert all(
+        torch.equal(value, {**state.params, **state.buffers}[name]) for name, value in model.state_dict().items()
+    )
+    assert hg.attribute(run, make_data(3), step=7, progress=False, check=False).diagnostics.drift == 0.0
 
 
 def test_an_incomplete_recording_is_verified_as_far_as_it_goes(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_gradient_changed_after_the_last_noted_step_shows_in_the_state(tmp_pat
     found = hg.verify(run)
     assert not found.ok
     assert found.drift[STEPS] > 1e-3
-    with pytest.raises(hg.MismatchError, match="is not what the recorded steps make .* at a step of which none was"):
+    with pytest.raises(hg.MismatchError, match=r"is not what the recorded steps make .* at a step of which none was"):
         hg.attribute(run, Rows(), check=False, progress=False)
 
 

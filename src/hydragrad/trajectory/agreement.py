@@ -14,7 +14,8 @@ from hydragrad.trajectory.state import State, StepRecord
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _BETWEEN = (
     "; or something else than the recorded optimizer changed parameters or its state between this step and the last: "
-    "another optimizer, clamping, re-initialisation, weights loaded or averaged"
+    "another optimizer, clamping, re-initialisation, weights loaded or averaged; or the loop changed an attribute of "
+    "the model (a temperature, a dropout rate)"
 )
 _SEARCHED = 20_000  # examples looked through for the place a recorded example moved to
 
@@ -42,12 +43,10 @@ def explain_gradient(step: StepRecord, replayed: Tensor, unknown: int) -> str:
     ratio = float(b[0] / a[0]) if float(a[0]) else float("inf")
     at = f"{step.index} (the {unknown} before it were not noted)" if unknown else f"{step.index}"
     gap = (b[1:] - ratio * a[1:]).abs()
-    scaled = 0 < ratio < float("inf") and bool((gap <= 1e-2 * (ratio * a[1:]).abs() + 1e-6 * b[0]).all())
-    if scaled and abs(ratio - 1) > 1e-6:
+    close = 1e-2 * min(1.0, 10 * abs(ratio - 1)) * (ratio * a[1:]).abs() + 1e-6 * b[0]
+    if 0 < ratio < float("inf") and abs(ratio - 1) > 1e-6 and bool((gap <= close).all()):
         factor, word = (ratio, "larger") if ratio > 1 else (1 / ratio, "smaller")
         cause, remedy = _scale_cause(factor, ratio > 1, len(step.batches[0]))
-        if step.index:
-            cause += _BETWEEN
         summary = f"the replayed gradient at step {at} is {factor:.4g} times {word} than the recorded one"
     elif step.random:
         summary = f"the replayed gradient at step {at} differs from the recorded one"
@@ -59,9 +58,9 @@ def explain_gradient(step: StepRecord, replayed: Tensor, unknown: int) -> str:
     else:
         summary = f"the replayed gradient at step {at} differs from the recorded one, not only in scale"
         cause = (
-            "another loss or model code than in the recorded loop, or gradients changed before the step (clipped by "
-            "torch's own function)"
-        ) + (_BETWEEN if step.index else "")
+            "another loss or model code than in the recorded loop, a penalty in the loop's loss (penalty=), or "
+            "gradients changed before the step (clipped by torch's own function)"
+        )
         remedy = (
             "give the loss that was trained, per example, and the model's code as it was; clip by "
             "recording.clip_grad_norm_ or recording.clip_grad_value_"
@@ -70,13 +69,13 @@ def explain_gradient(step: StepRecord, replayed: Tensor, unknown: int) -> str:
         summary,
         expected=f"norm {float(a[0]):.6g}, projections {float(a[1]):.6g}, {float(a[2]):.6g}",
         got=f"norm {float(b[0]):.6g}, projections {float(b[1]):.6g}, {float(b[2]):.6g}",
-        cause=cause,
+        cause=cause + (_BETWEEN if step.index else ""),
         remedy=remedy,
     )
 
 
 def _scale_cause(factor: float, larger: bool, examples: int) -> tuple[str, str]:
-    whole = abs(factor - round(factor)) < 1e-3 * factor
+    whole = round(factor) > 1 and abs(factor - round(factor)) < 1e-3 * factor
     if whole and round(factor) == examples and examples > 1:
         did, give = ("mean", "sum") if larger else ("sum", "mean")
         return (
@@ -202,7 +201,10 @@ def explain_state(recorded: State, replayed: State, since: int) -> str:
             "something else than the recorded optimizer changed it: another optimizer, clamping, re-initialisation, "
             "weights loaded or averaged; or gradients were changed by hand at a step of which none was noted"
         )
-        remedy = "give all parameters to one optimizer, and change them by its steps alone while recording"
+        remedy = (
+            "give all parameters to one optimizer, and change them by its steps alone inside the `with` block; load "
+            "the best weights after it, and ask for their step (step=)"
+        )
     return message(
         f"the state at step {recorded.step} is not what the recorded steps make of the state at step {since}: "
         f"{kind} {name!r} differs",

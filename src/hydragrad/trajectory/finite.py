@@ -32,7 +32,8 @@ def check_finite(state: State, replayer: Replayer, trajectory: Trajectory, weigh
             f"{where} is not finite",
             expected="finite gradients, parameters and buffers at every step",
             got=f"NaN or infinity in {', '.join(map(repr, names[:4]))}{' and others' if len(names) > 4 else ''}",
-            cause="training diverged (a learning rate that is too large), or a loss with an infinite slope"
+            cause="training diverged (a learning rate that is too large), a loss with an infinite slope, or NaN in its "
+            "data"
             + ("; or NaN in a batch that BatchNorm saw in training mode, skipped or not" if state.buffers else "")
             + ("" if weights is None else ", with these weights of the examples"),
             remedy="ask an earlier step (until=, step=), or train with a smaller learning rate"
