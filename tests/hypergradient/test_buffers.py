@@ -18,6 +18,7 @@ from hydragrad.hypergradient.pushing import Push
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.hypergradient.tracing import Traced
 from hydragrad.step.buffers import PureStatistics
+from hydragrad.step.forms import form_of
 from hydragrad.step.objective import Objective, Point, Vectors
 from hydragrad.trajectory.moments import forwards
 from tests.hypergradient.recorded import recipe_of, recorded, values
@@ -87,11 +88,30 @@ def test_frozen_statistics(name, step, method, tmp_path):
     assert_sweeps_match(problem, recipe, run, method)
 
 
+def test_a_point_has_one_form_wherever_its_state_comes_from(tmp_path):
+    """A graph is traced for a form: a stored state, whose file has an order of its own, must not make another."""
+
+    def build() -> nn.Module:
+        model = case("batchnorm").build()
+        model.get_submodule("1").register_buffer("counted", torch.zeros(2))
+        return model
+
+    run = recorded(recipe_of(replace(case("batchnorm"), build=build)), tmp_path / "run")
+    sweep = Sweep.of(run)
+    (moment,) = forwards(sweep.replayer, run.trajectory, 1)
+    buffers, forms = moment.state.buffers, []
+    for order in (buffers, dict(reversed(buffers.items()))):
+        (_, _, point), *_ = points_of(replace(moment, state=replace(moment.state, buffers=order)), sweep.objective)
+        assert sorted(point.rest) == ["1.counted", "1.num_batches_tracked"]
+        forms.append(form_of(point.rest, []))
+    assert forms[0] == forms[1]
+
+
 def test_modes_that_alternate(tmp_path, monkeypatch):
     """A traced graph holds for the modes in which it was traced."""
     for share in ("_SHARE", "_FIRST_SHARE"):
         monkeypatch.setattr(f"hydragrad.hypergradient.searching.{share}", 1e9)
-    monkeypatch.setattr("hydragrad.hypergradient.searching._TRACED", 1)
+    monkeypatch.setattr("hydragrad.hypergradient.searching._TRACING_GAIN", 1e9)
     monkeypatch.setattr("hydragrad.hypergradient.tracing._RARE", 1)
     problem = case("batchnorm")
 

@@ -1,5 +1,7 @@
 """The search remembers: what was measured on a run is not measured again, and does not pass to other shapes."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import hydragrad as hg
 from hydragrad.hypergradient import searching
 from hydragrad.hypergradient.choosing import choose
+from hydragrad.hypergradient.costs import products
+from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.engines import reference
 from hydragrad.hypergradient.sweeping import Sweep
+from hydragrad.hypergradient.tracing import Traced
 from tests.hypergradient.recorded import recipe_of, recorded
 from tests.zoo import case
 
@@ -36,7 +42,8 @@ def test_a_second_search_measures_nothing(run, method, monkeypatch):
     )
 
 
-def test_the_fastest_of_what_is_known_is_chosen(run):
+def test_the_fastest_of_what_is_known_is_chosen(run, monkeypatch):
+    monkeypatch.setattr(searching, "_TRACING_GAIN", 1e9)
     choose(Sweep.of(run), 40, "exact", memory=2**34, block=None, compile=False)
     (memo,) = [kept for key, kept in run.memo.items() if key[:2] == ("measured", "exact")]
     names = sorted({name for name, _ in memo["seconds"]})
@@ -45,6 +52,41 @@ def test_the_fastest_of_what_is_known_is_chosen(run):
             memo["seconds"][name, size] = size * (1e-6 if name == wanted else 1.0)
         chosen = choose(Sweep.of(run), 40, "exact", memory=2**34, block=None, compile=False)
         assert repr(chosen.engine) == wanted
+
+
+def test_every_size_is_measured_traced(run, monkeypatch):
+    untraced: list[object] = []
+    monkeypatch.setattr(searching, "_TRACING_GAIN", 1e9)
+    monkeypatch.setattr(searching, "products", lambda engine, *at: made(engine, *at))
+
+    def made(engine: Engine, *at: Any) -> Any:
+        """Products whose traced engines note what runs in Python."""
+        if not isinstance(engine, Traced):
+            return products(engine, *at)
+        plain = engine.function.function
+        engine.function.function = lambda *inputs: (untraced.append(engine), plain(*inputs))[1]
+        try:
+            return products(engine, *at)
+        finally:
+            engine.function.function = plain
+
+    choose(Sweep.of(run), 40, "exact", memory=2**34, block=None, compile=False)
+    (memo,) = [kept for key, kept in run.memo.items() if key[:2] == ("measured", "exact")]
+    assert len({size for name, size in memo["seconds"] if "traced" in name}) > 1
+    assert not untraced
+
+
+@pytest.mark.parametrize(("seconds", "worth"), [(1e-6, False), (1.0, True)])
+def test_tracing_begins_where_it_saves_more_than_it_takes(run, seconds, worth):
+    sweep = Sweep.of(run)
+    choose(sweep, 40, "exact", memory=2**34, block=None, compile=False)
+    (memo,) = [kept for key, kept in run.memo.items() if key[:2] == ("measured", "exact")]
+    (plain,) = [key for key in memo["seconds"] if key[0] == repr(reference("exact", sweep.objective))]
+    memo["seconds"] = {plain: seconds}
+    for graphs in [kept for key, kept in run.memo.items() if key[0] == "graphs"]:
+        graphs.clear()
+    choose(Sweep.of(run), 40, "exact", memory=2**34, block=None, compile=False)
+    assert any("traced" in name for name, _ in memo["seconds"]) is worth
 
 
 def test_a_fixed_block_is_kept(run):
@@ -62,7 +104,7 @@ def test_graphs_do_not_pass_to_another_objective(tmp_path, monkeypatch):
     """A layer that thaws midway: a sweep to an earlier step differentiates fewer parameters than one to the end."""
     for share in ("_SHARE", "_FIRST_SHARE"):
         monkeypatch.setattr(searching, share, 1e9)
-    monkeypatch.setattr(searching, "_TRACED", 1)
+    monkeypatch.setattr(searching, "_TRACING_GAIN", 1e9)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     data = TensorDataset(torch.randn(12, 4, dtype=torch.float64), torch.randint(0, 3, (12,)))

@@ -22,7 +22,8 @@ def points_of(moment: Moment, objective: Objective) -> Iterator[tuple[Tensor, in
     params = tuple(moment.state.params[name] for name in objective.names)
     carried = tuple(moment.state.buffers[name] for name in objective.carried)
     known = {*objective.names, *objective.carried}
-    rest = {name: x for name, x in {**moment.state.params, **moment.state.buffers}.items() if name not in known}
+    others = {**moment.state.params, **moment.state.buffers}
+    rest = {name: others[name] for name in sorted(others) if name not in known}  # a file has an order of its own
     objective.follow_modes(moment.record.modes)
     record, moved = moment.record, bool(objective.carried or objective.counters)
     epochs = (*(record.epochs or (record.epoch,) * len(record.batches)), *(one.epoch for one in record.passes))

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 
 from hydragrad.errors import UnsupportedError, message
-from hydragrad.hypergradient.costs import Timed, agree, probe_block, products, quick_seconds
+from hydragrad.hypergradient.costs import Timed, agree, probe_block, probe_buffers, products, quick_seconds
 from hydragrad.hypergradient.curvature import Engine, Products
 from hydragrad.hypergradient.engines import candidates, reference
 from hydragrad.hypergradient.output_jacobian import OutputJacobian
@@ -22,8 +22,8 @@ _SHARE, _FIRST_SHARE = 0.15, 0.5
 """Part of the predicted time that measuring may take; of the reference's, which the first engine halves at least."""
 _BLOCKS = (1, 4, 8, 16, 32, 64, 128)
 _START, _WIDEST, _COMPILED_BLOCK, _WIDER = 16, 512, 64, 4
-_TRACED = 100
-"""Products of one form from which on tracing them (0.1 s, measured) pays."""
+_TRACING_GAIN = 0.3
+"""Part of a plain product's time that tracing saves at least: measured 0.35 to 0.75."""
 _FEW = 4
 """Queries below which forming per-example gradients or Jacobians costs more than it saves."""
 _BEYOND_CACHE = 64 * 2**20
@@ -86,7 +86,8 @@ class Search:
                 jacobian = self._kept("output-jacobian", lambda: OutputJacobian(self.objective))
                 if jacobian.explicit and jacobian.held(self.point) <= self.held:
                     yield jacobian, self.fixed or self._balanced(_BLOCKS[-1])
-        often = self.steps * -(-self.total // first) >= _TRACED
+        plain = self.seconds[repr(reference(self.method, self.objective)), 1]
+        often = _TRACING_GAIN * plain * self.steps * -(-self.total // first) >= _TRACING_SECONDS
         for engine in candidates(self.method, self.objective):
             key = ("traced", repr(engine))
             if (often or key in self.graphs) and repr(Traced(engine)) not in self.refused:
@@ -137,7 +138,7 @@ class Search:
         for way in ([s for s in sizes if s > first], [s for s in reversed(sizes) if s < first]):
             worse = 0  # twice in a row: one alone may be another program's doing
             for size in way:
-                if not self._known(engine, size) and not self._pays(4 * size * self.found.per_query):
+                if not self._known(engine, size) and not self._pays(self._cost(engine, size)):
                     break
                 timed = self._try(engine, size)
                 worse = worse + 1 if timed is None or timed.per_query > _WORSE * self.found.per_query else 0
@@ -221,7 +222,9 @@ class Search:
 
     def _measure(self, engine: Engine | ScaledEngine, size: int) -> None:
         name, gam = repr(engine), probe_block(self.point, size)
-        began = time.perf_counter()
+        began, inner = time.perf_counter(), _inner(engine)
+        if isinstance(inner, Traced):
+            inner.prepare(self.point, gam, probe_buffers(self.point, size))
         found = products(engine, self.point, gam)
         prepared = time.perf_counter() - began
         if self.truth is None:

@@ -63,21 +63,8 @@ class TracedFunction:
         if key not in self._graphs:
             self._seen[key] = self._seen.get(key, 0) + 1
             rare = self._graphs and (self.settled or self._seen[key] < _RARE)
-            if rare or len(self._graphs) >= _MOST_GRAPHS or key in self._untraceable:
+            if rare or not self._learn(key, inputs, tensors):
                 return self.function(*inputs)
-            try:
-                made = self._trace(inputs)
-            except RuntimeError:
-                if not self._graphs:
-                    raise
-                made = None
-            if self._graphs:  # only the first graph is compared by whoever chooses the engine
-                plain = self.function(*inputs)
-                if made is None or not self._agrees(made, tensors, plain):
-                    self._untraceable.add(key)  # what this form does in Python stays there: other modes, other layers
-                    return plain
-            assert made is not None
-            self._graphs[key] = made
         graph, form = self._graphs[key]
         with torch.no_grad():
             if not isinstance(graph, Halves):
@@ -85,6 +72,30 @@ class TracedFunction:
             if at is None or self._kept[0] is not at or self._kept[1] is not graph:
                 self._kept = (at, graph, graph.constants(tensors))
             return pytree.tree_unflatten(graph(self._kept[2], tensors), form)
+
+    def prepare(self, *inputs: Any) -> None:
+        """Trace this form now, however rare it is: it is about to be measured, or known to come often."""
+        tensors: list[Tensor] = []
+        key = form_of(inputs, tensors)
+        if key not in self._graphs:
+            self._learn(key, inputs, tensors)
+
+    def _learn(self, key: Any, inputs: tuple[Any, ...], tensors: list[Tensor]) -> bool:
+        """Trace a form; False if it is to run untraced. Raises RuntimeError if the first one cannot be traced."""
+        if len(self._graphs) >= _MOST_GRAPHS or key in self._untraceable:
+            return False
+        try:
+            made = self._trace(inputs)
+        except RuntimeError:
+            if not self._graphs:
+                raise
+            made = None
+        # only the first graph is compared by whoever chooses the engine
+        if made is None or (self._graphs and not self._agrees(made, tensors, self.function(*inputs))):
+            self._untraceable.add(key)  # what this form does in Python stays there: other modes, other layers
+            return False
+        self._graphs[key] = made
+        return True
 
     @staticmethod
     def _agrees(made: tuple[Callable[..., Any] | Halves, Any], tensors: list[Tensor], plain: Any) -> bool:
@@ -140,8 +151,11 @@ class Traced(Engine):
         self.function = TracedFunction(self._products, compile=compile, linear=2)
 
     def products(self, point: Point, gam: Vectors, bet: Vectors = ()) -> Products:
-        given = tuple(getattr(point, field.name) for field in fields(Point))
-        return self.function(self.objective.mode, given, gam, bet, at=point)
+        return self.function(self.objective.mode, _parts(point), gam, bet, at=point)
+
+    def prepare(self, point: Point, gam: Vectors, bet: Vectors = ()) -> None:
+        """Trace products of this form now: see ``TracedFunction.prepare``."""
+        self.function.prepare(self.objective.mode, _parts(point), gam, bet)
 
     def held(self, point: Point) -> int:
         """What does not depend on the block, once a graph was made."""
@@ -152,6 +166,10 @@ class Traced(Engine):
 
     def __repr__(self) -> str:
         return f"<{self.engine.method} engine {self.engine.name}, {'compiled' if self.function.compile else 'traced'}>"
+
+
+def _parts(point: Point) -> tuple[Any, ...]:
+    return tuple(getattr(point, field.name) for field in fields(Point))
 
 
 def _functional_graph(flat: Callable[..., list[Any]], tensors: list[Tensor]) -> GraphModule:
