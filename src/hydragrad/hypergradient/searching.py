@@ -22,8 +22,9 @@ _SHARE, _FIRST_SHARE = 0.15, 0.5
 """Part of the predicted time that measuring may take; of the reference's, which the first engine halves at least."""
 _BLOCKS = (1, 4, 8, 16, 32, 64, 128)
 _START, _WIDEST, _COMPILED_BLOCK, _WIDER = 16, 512, 64, 4
-_TRACING_GAIN = 0.3
-"""Part of a plain product's time that tracing saves at least: measured 0.35 to 0.75."""
+_TRACED, _TRACING_GAIN = 100, 0.3
+"""Products of one form from which on tracing them pays; what it saves of a plain product's time at least, where each is
+long: measured 0.35 to 0.75."""
 _FEW = 4
 """Queries below which forming per-example gradients or Jacobians costs more than it saves."""
 _BEYOND_CACHE = 64 * 2**20
@@ -87,7 +88,8 @@ class Search:
                 if jacobian.explicit and jacobian.held(self.point) <= self.held:
                     yield jacobian, self.fixed or self._balanced(_BLOCKS[-1])
         plain = self.seconds[repr(reference(self.method, self.objective)), 1]
-        often = _TRACING_GAIN * plain * self.steps * -(-self.total // first) >= _TRACING_SECONDS
+        count = self.steps * -(-self.total // first)
+        often = count >= _TRACED or _TRACING_GAIN * plain * count >= _TRACING_SECONDS
         for engine in candidates(self.method, self.objective):
             key = ("traced", repr(engine))
             if (often or key in self.graphs) and repr(Traced(engine)) not in self.refused:
