@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 
 import hydragrad as hg
-from hydragrad.step.plain_forms import plain_forms
+from hydragrad.step.plain_forms import activations_kept, plain_forms
 from tests.hypergradient.recorded import STEPS, recipe_of, recorded, values
 from tests.oracles import unroll
 from tests.tolerances import FINITE_DIFFERENCE, ORACLE, SAME, assert_close, relative_error
@@ -123,6 +125,47 @@ def test_what_torch_cannot_differentiate_twice_is_refused_by_name(tmp_path: Path
     words = r"torch cannot differentiate this model or loss as method='exact' needs it.*_embedding_bag_backward"
     with pytest.raises(hg.UnsupportedError, match=words):
         hg.attribute(run, problem.queries, progress=False)
+
+
+class Checkpointed(nn.Module):
+    """A part whose activations are computed again in the backward pass, dropout and all."""
+
+    def __init__(self, reentrant: bool | None, dropout: float) -> None:
+        super().__init__()
+        self.first, self.last, self.reentrant = nn.Linear(4, 6), nn.Linear(6, CLASSES), reentrant
+        self.middle = nn.Sequential(nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 6), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.reentrant is None:
+            return self.last(self.middle(x))
+        return self.last(checkpoint(self.middle, x, use_reentrant=self.reentrant))  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's, of any call without gradients
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activations_that_training_computes_again_are_kept_in_sweeps(
+    reentrant: bool, dropout: float, tmp_path: Path
+) -> None:
+    """The oracle has the same model without checkpoints; both draw by a seed of their own."""
+
+    def problem_of(how: bool | None) -> Case:
+        def build() -> nn.Module:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(7)
+                return Checkpointed(how, dropout).double()
+
+        return replace(case("dropout" if dropout else "mlp_tanh"), build=build)
+
+    run = recorded(recipe_of(problem_of(reentrant)), tmp_path / "run")
+    assert hg.verify(run).exact  # the replay checkpoints as training did
+    queries = problem_of(None).queries
+    truth = unroll(recipe_of(problem_of(None), steps=STEPS)).scores(queries)
+    assert relative_error(values(run, queries, compile=False), truth) <= ORACLE[torch.float64]
+    with activations_kept():
+        assert not hasattr(torch_checkpoint.CheckpointFunction, "backward")
+    assert hasattr(torch_checkpoint.CheckpointFunction, "backward")  # torch's own is back
 
 
 @pytest.mark.parametrize("still", [False, True])

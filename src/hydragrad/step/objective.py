@@ -16,7 +16,7 @@ from hydragrad.problem import Problem
 from hydragrad.step.buffers import Attached, PureStatistics, running_statistics
 from hydragrad.step.draws import HandOut, captured
 from hydragrad.step.forms import form_of
-from hydragrad.step.plain_forms import plain_forms
+from hydragrad.step.plain_forms import activations_kept, plain_forms
 
 _HARMLESS = (
     "There is a performance drop because we have not yet implemented the batching rule",  # vmap loops; we measure that
@@ -288,6 +288,7 @@ class Objective:
                 if torch.is_autocast_enabled(kind):  # the caller's: derivatives are taken in full precision
                     stack.enter_context(torch.autocast(kind, enabled=False))
             stack.enter_context(plain_forms(self.module))
+            stack.enter_context(activations_kept())
             if self.fragile:  # oneDNN's and cuDNN's recurrent kernels have no second derivative
                 stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))

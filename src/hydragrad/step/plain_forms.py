@@ -1,4 +1,4 @@
-"""Layers in plain operations, where torch's kernel has no second derivative or a wrong one."""
+"""Layers in plain operations, where torch's kernel has no second derivative or a wrong one; no checkpointing."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 
 @contextlib.contextmanager
@@ -24,6 +25,39 @@ def plain_forms(module: nn.Module) -> Iterator[None]:
             needed[F.embedding_bag] = _embedding_bag
     with _Replaced(needed) if needed else contextlib.nullcontext():
         yield
+
+
+@contextlib.contextmanager
+def activations_kept() -> Iterator[None]:
+    """Within: ``torch.utils.checkpoint`` keeps activations as if it were not there.
+
+    What it would run again in a backward pass would run with the module's own parameters, not with those that are
+    differentiated, and would draw once more. Where torch names its parts otherwise, nothing is changed here: the
+    gradient that comes out is then found to be another one.
+    """
+    plain: dict[str, Any] = {"_checkpoint_without_reentrant_generator": _once, "CheckpointFunction": _Direct}
+    kept = {name: getattr(checkpoint, name) for name in plain if hasattr(checkpoint, name)}
+    try:
+        for name in kept:
+            setattr(checkpoint, name, plain[name])
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(checkpoint, name, value)
+
+
+def _once(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """The function is called where this stands still."""
+    yield
+
+
+@final
+class _Direct:
+    """In place of the autograd function that the reentrant form applies."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
 
 
 @final
