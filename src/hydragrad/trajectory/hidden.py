@@ -52,17 +52,21 @@ def refuse_hidden_state(replayer: Replayer, begin: State, step: StepRecord) -> N
     moving = [p for p, value in third.items() if not _same(value, second.get(p)) or not _same(value, first.get(p))]
     if not moving:
         return
-    for by in (1, len(moving) + 10**6):
+
+    def shifted(places: list[Place], by: int) -> list[Tensor]:
         for place in moving:
-            _shift(replayer.module, place, by)
+            _put(replayer.module, place, third[place], by if place in places else 0)
         try:
-            shifted = take()
+            return take()
         except (RuntimeError, ValueError, IndexError, KeyError, TypeError, ZeroDivisionError):
-            shifted = []  # it cannot even run: it depends on them
-        taken.append((shifted, {}))
-    if all(_agree(usual, other) for other, _ in taken):
+            return []  # it cannot even run: it depends on them
+
+    others = [one for one, _ in taken] + [shifted(moving, by) for by in (1, 10**6)]
+    if all(_agree(usual, other) for other in others):
         return
-    name, attribute, _ = place = moving[0]
+    base = shifted([], 0)
+    alone = (p for by in (1, 10**6) for p in moving if not _agree(base, shifted([p], by)))
+    name, attribute, _ = place = next(alone, moving[0])
     kind = type(replayer.module.get_submodule(name)).__name__
     raise UnsupportedError(
         message(
@@ -104,17 +108,19 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b or (a != a and b != b))
 
 
-def _shift(module: nn.Module, place: Place, by: int) -> None:
-    """Another value in that place, where it is an attribute by itself (what lies in containers stays)."""
+def _put(module: nn.Module, place: Place, value: Any, by: int) -> None:
+    """That value, or another one, in an attribute by itself (what lies in containers stays)."""
     name, attribute, _ = place
-    part = module.get_submodule(name)
-    value = vars(part)[attribute]
-    if isinstance(value, bool):
-        vars(part)[attribute] = not value
-    elif isinstance(value, _NUMBERS):
-        vars(part)[attribute] = value + by
-    elif isinstance(value, Tensor):
-        vars(part)[attribute] = ~value if value.dtype == torch.bool else value.detach() + by
+    held = vars(module.get_submodule(name))
+    if isinstance(held[attribute], (*_NUMBERS, Tensor)):
+        held[attribute] = _shifted(value, by)
+
+
+def _shifted(value: Any, by: int) -> Any:
+    if isinstance(value, Tensor):
+        changed = ~value if value.dtype == torch.bool else value + by
+        return changed if by else value.clone()
+    return (not value if by else value) if isinstance(value, bool) else value + by
 
 
 def _agree(usual: list[Tensor], other: list[Tensor]) -> bool:
