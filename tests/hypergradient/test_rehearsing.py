@@ -126,6 +126,15 @@ def test_the_clock_stands_while_a_processor_is_waited_for(monkeypatch, tmp_path)
     assert clock.quiet_seconds() == 100.0
 
 
+def test_a_clock_whose_processor_is_taken_away_while_it_reads_does_not_run_backwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[float] = []
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: told.append(100.0 + 0.5 * len(told)) or told[-1])
+    monkeypatch.setattr(clock, "_waited", lambda: 1.5 if told else 1.0)  # half a second right after the first reading
+    assert clock.quiet_seconds() == 99.0
+
+
 def test_laps_that_the_clock_corrects_below_nothing_are_no_gain() -> None:
     assert rehearsing._typical([-3.0, -1.0, 2.0]) == 0.0
     assert rehearsing._typical([1.0, 3.0, -1.0]) == 1.0

@@ -3,6 +3,7 @@
 import time
 
 SCHEDSTAT = "/proc/thread-self/schedstat"
+_TRIES = 10
 
 
 def quiet_seconds() -> float:
@@ -11,7 +12,13 @@ def quiet_seconds() -> float:
     Linux says how long that was (the second number there, in nanoseconds); elsewhere it is an ordinary clock.
     What it cannot see: caches and memory shared with other programs, and threads beside this one that wait.
     """
-    return time.perf_counter() - _waited()
+    waited, now = _waited(), time.perf_counter()
+    for _ in range(_TRIES):
+        before, waited = waited, _waited()
+        if waited == before:
+            break
+        now = time.perf_counter()  # the processor was taken away between the readings: the clock would run backwards
+    return now - waited
 
 
 def _waited() -> float:

@@ -178,10 +178,15 @@ def _functional_graph(flat: Callable[..., list[Any]], tensors: list[Tensor]) -> 
     It is the finished graph that is made functional, not the function: modes that are active while that runs (random
     numbers handed out) do not bear the transform.
     """
-    graph = make_fx(flat)(*tensors)
+    graph = _recorded(flat, tensors)
     if not changes_in_place(graph):
         return graph
     try:
-        return make_fx(torch.func.functionalize(graph))(*tensors)
+        return _recorded(torch.func.functionalize(graph), tensors)
     except (RuntimeError, NotImplementedError):
         return graph
+
+
+def _recorded(function: Callable[..., Any], tensors: list[Tensor]) -> GraphModule:
+    """By ``make_fx`` on tensors without values: untraced, every intermediate result of a block lives at once."""
+    return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
