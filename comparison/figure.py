@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.results import ORDER, kind_of
-from comparison.table import mean, values
+from comparison.table import UNCHECKED, mean, values
 
 _COLORS = {"hydragrad": "#0b7a75", "baseline": "#7d8790"}
 _OTHERS = "#a4572a"
@@ -25,7 +25,9 @@ def draw(tasks: dict[str, Any]) -> Any:
 
     tasks = {name: task for name, task in tasks.items() if task["about"]["removed"]}
     shown = [
-        method for method in ORDER if any(values(task["methods"].get(method, []), "loo") for task in tasks.values())
+        method
+        for method in ORDER
+        if method != UNCHECKED and any(values(task["methods"].get(method, []), "loo") for task in tasks.values())
     ]
     drawn = Figure(figsize=(2.2 + 2.3 * len(tasks), 1.6 + 0.235 * len(shown)), layout="constrained")
     FigureCanvasAgg(drawn)  # no screen and no global state

@@ -61,6 +61,7 @@ Methods = dict[str, Callable[[Folder], Answer]]
 
 HYPERGRADIENTS: Methods = {
     "exact": _attributed("exact"),
+    "exact-unchecked": _attributed("exact", check=False),
     "smoothed": _smoothed,
     "gauss-newton": _attributed("gauss-newton"),
     "hessian-free": _attributed("hessian-free"),

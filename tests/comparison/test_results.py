@@ -23,6 +23,7 @@ TASK: dict[str, Any] = {
     "about": {"examples": 9, "queries": 40, "removed": 4, "subsets": 2, "training_seconds": [0.1, 0.2]},
     "methods": {
         "exact": [measured(seed=0, loo=0.5, lds_10=0.3, ratio=20.0), measured(seed=1, loo=0.7, lds_10=0.3, ratio=20.0)],
+        "exact-unchecked": [measured(seed=0, loo=0.6, ratio=16.0)],
         "el2n": [measured(seed=0, flipped=True, **{"self.auroc": 0.9})],
         "kfac": [{"seed": 0, "status": "unfit", "reason": "no extra. Really."}],
         "tracin": [measured(seed=0, loo=0.2, lds_10=0.4)],
@@ -81,7 +82,7 @@ def test_findings_say_who_is_first_and_who_is_not():
 
 def test_costs_are_those_of_all_queries_and_of_one():
     row = costs({"a-task": TASK}).splitlines()[-1]
-    assert row == "| a-task | 40 | 20 x | 30 x | 240 x | 0.5 | 6 | 12 |"
+    assert row == "| a-task | 40 | 20 x | 16 x | 30 x | 240 x | 0.4 | 6 | 15 |"
 
 
 def test_the_page_is_what_the_kept_results_give():
