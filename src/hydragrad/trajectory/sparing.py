@@ -1,7 +1,7 @@
 """Which steps are looked at closely while a run is recorded: a look at each costs a small model 3 % of its training.
 
 What is left out is not lost: it goes into the gradients after it and into the next recorded state, which are compared.
-A refusal may then name a step up to three later.
+A refusal may then name a step up to seven later.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from itertools import takewhile
 
 from hydragrad.trajectory.state import StepRecord
 
-_ALL, _EVERY = 100, 4
+ALWAYS, _EVERY = 100, 8
 
 
 def fingerprinted(step: int) -> bool:
-    """Whether this step's gradient is: of the first hundred each, then of every fourth."""
-    return step < _ALL or step % _EVERY == 0
+    """Whether this step's gradient is: of the first hundred each, then of every eighth."""
+    return step < ALWAYS or step % _EVERY == 0
 
 
 def digested(step: int, epoch: int) -> bool:
