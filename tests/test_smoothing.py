@@ -15,6 +15,7 @@ from hydragrad import attributing
 from hydragrad.hypergradient.choosing import Fixed
 from hydragrad.scoring import Rows, Scores
 from hydragrad.smoothing import removals
+from hydragrad.trajectory import moments
 from hydragrad.trajectory.reweighted import Reweighted, first_touched
 from tests.hypergradient.recorded import STEPS, load, recipe_of, recorded, train, values
 from tests.hypergradient.test_oracle_agreement import by_label
@@ -282,6 +283,17 @@ def test_its_states_are_those_of_a_replay(run: hg.Run, most: int) -> None:
     assert [made.nearest(t) for t in range(len(STEPS) + 1)] == [
         max(c for c in made.checkpoints if c <= t) for t in range(len(STEPS) + 1)
     ]
+
+
+def test_drift_of_a_reweighted_run_is_told_and_no_meddling(run: hg.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its states come from a replay: where that cannot be repeated, nothing else changed them."""
+    made = Reweighted(run.replayer(), run.trajectory, WEIGHTS, len(STEPS), 100)
+    monkeypatch.setattr(moments, "state_difference", lambda *_: 0.5)
+    back = moments.Backwards(run.replayer(), made, len(STEPS), 100)
+    assert [moment.record.index for moment in back] == list(reversed(range(len(STEPS))))
+    assert back.drift == {len(STEPS): 0.5}
+    with pytest.raises(hg.MismatchError, match="is not what the recorded steps make"):
+        list(moments.Backwards(run.replayer(), run.trajectory, len(STEPS), 100))
 
 
 def test_it_begins_where_the_weights_begin_to_matter(tmp_path: Path) -> None:

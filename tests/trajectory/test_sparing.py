@@ -41,12 +41,12 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
 
 
-def recorded(folder: Path, *, wrong: int | None = None, data: Dataset | None = None, every: int = 100) -> hg.Run:
+def recorded(folder: Path, *, wrong: int | None = None, data: Dataset | None = None) -> hg.Run:
     """A run whose gradient was doubled by hand at step ``wrong``."""
     trained, data, count = model(), data or Rows(), 0
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.01, momentum=0.9)
     loader = DataLoader(data, batch_size=BATCH, shuffle=True, generator=torch.Generator().manual_seed(1))
-    with hg.record(folder, trained, optimizer, reduction="mean", checkpoint_every=every) as recording:
+    with hg.record(folder, trained, optimizer, reduction="mean", checkpoint_every=100) as recording:
         while count < STEPS:
             for batch in recording.batches(loader):
                 optimizer.zero_grad()

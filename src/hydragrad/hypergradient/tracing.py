@@ -188,5 +188,5 @@ def _functional_graph(flat: Callable[..., list[Any]], tensors: list[Tensor]) -> 
 
 
 def _recorded(function: Callable[..., Any], tensors: list[Tensor]) -> GraphModule:
-    """By ``make_fx`` on tensors without values: untraced, every intermediate result of a block lives at once."""
+    """By ``make_fx`` on tensors without values: with them, all intermediate results of a block would live at once."""
     return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)

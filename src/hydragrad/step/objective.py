@@ -16,7 +16,7 @@ from hydragrad.problem import Problem
 from hydragrad.step.buffers import Attached, PureStatistics, running_statistics
 from hydragrad.step.draws import HandOut, captured
 from hydragrad.step.forms import form_of
-from hydragrad.step.plain_forms import activations_kept, plain_forms
+from hydragrad.step.plain_forms import activations_kept, forms_needed, plain_forms
 
 _HARMLESS = (
     "There is a performance drop because we have not yet implemented the batching rule",  # vmap loops; we measure that
@@ -95,6 +95,7 @@ class Objective:
         self._losses = _Losses(module, problem.loss)
         self._penalty = _Penalty(module, problem)
         self.fragile = any(isinstance(part, nn.RNNBase) for part in module.modules())
+        self._forms = forms_needed(module)
         self._devices = {"cpu", *(p.device.type for p in self.module.parameters())}
         self._foreign = not {*carried} <= running_statistics(module)  # buffers that no layer of torch's own changes
         self._modules = dict(module.named_modules())
@@ -287,7 +288,7 @@ class Objective:
             for kind in self._devices:
                 if torch.is_autocast_enabled(kind):  # the caller's: derivatives are taken in full precision
                     stack.enter_context(torch.autocast(kind, enabled=False))
-            stack.enter_context(plain_forms(self.module))
+            stack.enter_context(plain_forms(self._forms))
             stack.enter_context(activations_kept())
             if self.fragile:  # oneDNN's and cuDNN's recurrent kernels have no second derivative
                 stack.enter_context(torch.backends.mkldnn.flags(enabled=False))

@@ -10,21 +10,24 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+Forms = dict[Any, Callable[..., Any]]
+"""torch's function -> what is called in its place."""
 
-@contextlib.contextmanager
-def plain_forms(module: nn.Module) -> Iterator[None]:
-    """Within: the layers of ``module`` that need it run in plain operations; nothing is done where none does.
 
-    A mode costs time at every operation, so whether it is needed is looked up in the layers.
-    """
-    needed: dict[Any, Callable[..., Any]] = {}
+def forms_needed(module: nn.Module) -> Forms:
+    """What the layers of ``module`` need in plain operations."""
+    needed: Forms = {}
     for part in module.modules():
         if type(part).__name__ == "_WeightNorm":
             needed[torch._weight_norm] = _weight_norm  # pyright: ignore[reportPrivateImportUsage]
         elif isinstance(part, nn.EmbeddingBag) and _is_plain(part.mode, part.max_norm, part.scale_grad_by_freq):
             needed[F.embedding_bag] = _embedding_bag
-    with _Replaced(needed) if needed else contextlib.nullcontext():
-        yield
+    return needed
+
+
+def plain_forms(needed: Forms) -> contextlib.AbstractContextManager[Any]:
+    """Within: those run in plain operations. Nothing is done where none is needed: it costs time at every operation."""
+    return _Replaced(needed) if needed else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -64,7 +67,7 @@ class _Direct:
 class _Replaced(TorchFunctionMode):
     """While it lasts, other functions are called in place of some."""
 
-    def __init__(self, forms: dict[Any, Callable[..., Any]]) -> None:
+    def __init__(self, forms: Forms) -> None:
         super().__init__()
         self._forms = forms
 

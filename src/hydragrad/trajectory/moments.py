@@ -179,9 +179,12 @@ class Backwards:
         return backwards(moments, self.replayer, self.trajectory.steps, self.trajectory.weights)
 
     def _refuse_meddling(self, end: State) -> None:
-        """Equal gradients and another state, beyond rounding: something else than the recorded steps changed it."""
+        """Equal gradients and another state, beyond rounding: something else than the recorded steps changed it.
+
+        A reweighted run's states come from a replay, and its gradients have no record: there drift is no meddling.
+        """
         limit = max(tolerance(param.dtype) for param in end.params.values())
-        if self.drift[end.step] <= limit or not self.replayer.checks:
+        if self.drift[end.step] <= limit or not self.replayer.checks or self.trajectory.weights is not None:
             return
         since = self.trajectory.nearest(end.step - 1)
         if not any(since <= step < end.step for step in self.replayer.differences):
