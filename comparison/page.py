@@ -17,7 +17,7 @@ def page(results: dict[str, Any]) -> str:
     """The words of page.md with the tables in their places."""
     tasks = results["tasks"]
     parts = {
-        "machine": results["machine"],
+        "machines": machines(results["machines"]),
         "summary": summary(tasks),
         "findings": findings(tasks),
         "costs": costs(tasks),
@@ -27,6 +27,12 @@ def page(results: dict[str, Any]) -> str:
     for name, part in parts.items():
         text = text.replace("{{" + name + "}}", part)
     return text
+
+
+def machines(names: list[str]) -> str:
+    """In words; costs that were not measured on the first are marked."""
+    others = f"; times marked † were measured on {' or '.join(names[1:])}" if names[1:] else ""
+    return names[0] + others
 
 
 def main() -> None:

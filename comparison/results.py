@@ -1,6 +1,8 @@
 """`python -m comparison.results`: what was measured, in one small file that is kept: comparison/results.json.
 
-{"machine": ..., "tasks": {TASK: {"about": {...}, "methods": {METHOD: [{"seed": 0, "loo": ...}, ...]}}}}
+{"machines": [...], "tasks": {TASK: {"about": {...}, "methods": {METHOD: [{"seed": 0, "loo": ...}, ...]}}}}
+
+A row that was measured on another machine than the first has its place in "machines" as "machine".
 """
 
 import argparse
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.__main__ import OUT, ROOT
+from comparison.adding import added
 from comparison.environments import PEERS
 from comparison.exchange import Folder, write_text
 from comparison.ours import HYPERGRADIENTS, METHODS, SIGNALS
@@ -32,7 +35,7 @@ def kind_of(method: str) -> str:
 def collect(out: Path) -> dict[str, Any]:
     """Everything that `python -m comparison` left in a folder."""
     tasks = {name: _task(out, spec) for name, spec in TASKS.items() if any((out / name).glob("seed-*/*/results"))}
-    return {"machine": _machine(), "tasks": tasks}
+    return {"machines": [_machine()], "tasks": tasks}
 
 
 def _task(out: Path, spec: Spec) -> dict[str, Any]:
@@ -96,10 +99,13 @@ def load() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--add", action="store_true", help="keep what was measured before beside it")
     options = parser.parse_args()
     found = collect(options.out)
     if not found["tasks"]:
         raise SystemExit(f"there are no results in {options.out}: run `python -m comparison` first")
+    if options.add:
+        found = added(load(), found, ORDER)
     write_text(KEPT, one_row_a_line(found) + "\n")
     print(f"written to {KEPT}: {', '.join(found['tasks'])}")
 
@@ -116,7 +122,7 @@ def one_row_a_line(found: dict[str, Any]) -> str:
         tasks.append(
             f'  {json.dumps(name)}: {{\n   "about": {json.dumps(task["about"])},\n   "methods": {{\n{body}\n   }}\n  }}'
         )
-    return f'{{\n "machine": {json.dumps(found["machine"])},\n "tasks": {{\n' + ",\n".join(tasks) + "\n }\n}"
+    return f'{{\n "machines": {json.dumps(found["machines"])},\n "tasks": {{\n' + ",\n".join(tasks) + "\n }\n}"
 
 
 if __name__ == "__main__":

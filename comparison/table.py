@@ -18,10 +18,14 @@ COLUMNS = {
     "ratio": "time",
     "peak_mib": "memory, MiB",
 }
+_COSTS = ("ratio", "peak_mib")
 SAME_DERIVATIVE, UNCHECKED = "bergson-magic", "exact-unchecked"
 
 
 def values(rows: Rows, column: str) -> list[float]:
+    """Of the rows with an answer; costs of the first machine alone, where it measured any."""
+    if column in _COSTS:
+        rows = [row for row in rows if column in row and not row.get("machine")] or rows
     return [row[column] for row in rows if row.get("status") == "ok" and isinstance(row.get(column), int | float)]
 
 
@@ -39,7 +43,7 @@ def cell(rows: Rows, column: str) -> str:
     if column == "peak_mib":
         return f"{middle:.0f}"
     if column == "ratio":
-        return f"{middle:.3g} x"
+        return f"{middle:.3g} x" + ("†" if all(row.get("machine") for row in rows if column in row) else "")
     digits = 3 if column.startswith("self.") else 2  # what is that near to 1 is told apart by the third
     spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
     return f"{middle:.{digits}f}" + spread

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from comparison.exchange import Answer, Folder, UnfitError, work
 
 _PROJECTED = 512
+_AT_ONCE = 40
+"""Queries whose products with the Hessian over all training data fit into memory together: 4 GB on the digits."""
 
 
 def loaders(folder: Folder, batch: int | None = None) -> tuple[Any, Any]:
@@ -54,9 +56,12 @@ def task_of(folder: Folder, steps: list[int], *, single: bool, margin: bool = Fa
 def conjugate_gradients(folder: Folder) -> Answer:
     last = folder.about.checkpoints[-1:]
     attributor = IFAttributorCG(task_of(folder, last, single=False), max_iter=10, regularization=5e-3)
-    train, queries = loaders(folder)
+    train, _ = loaders(folder)
     attributor.cache(train)
-    return Answer(attributor.attribute(train, queries), note="regularization 5e-3, 10 iterations")
+    layers = [part for part in folder.model().modules() if list(part.parameters(recurse=False))]
+    at_once = _AT_ONCE if all(isinstance(part, nn.Linear) for part in layers) else 1
+    queries: Any = DataLoader(folder.queries, batch_size=at_once, shuffle=False)
+    return Answer(attributor.attribute(train, queries), note=f"regularization 5e-3, 10 iterations, {at_once} at a time")
 
 
 def ekfac(folder: Folder) -> Answer:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from comparison import results as kept
+from comparison.adding import added
 from comparison.page import PAGE, PICTURE, page
-from comparison.table import costs, findings, summary, table
+from comparison.table import cell, costs, findings, summary, table
 from comparison.tasks import TASKS
 
 NAME = "breast-cancer"
@@ -54,7 +55,7 @@ def test_results_are_collected_over_seeds_and_runs(tmp_path):
     }  # fmt: skip
     assert found[NAME]["about"]["training_seconds"] == [0.1, 0.2]
     assert found[NAME]["about"]["examples"] == 455
-    assert json.loads(kept.one_row_a_line({"machine": 'a "b"', "tasks": found}))["tasks"] == found
+    assert json.loads(kept.one_row_a_line({"machines": ['a "b"'], "tasks": found}))["tasks"] == found
 
 
 def test_the_table_averages_seeds_and_names_the_silent_and_the_absent():
@@ -121,3 +122,48 @@ def test_the_picture_shows_the_means():
     axes = draw({"a-task": TASK}).axes[0]
     marks = sorted(float(collection.get_offsets()[0][0]) for collection in axes.collections)
     assert marks == pytest.approx(sorted([0.6, 0.3, 0.2, 0.4, 0.3, 0.2, 0.6, 0.9]))
+
+
+def test_what_another_machine_measured_is_kept_beside_what_is_found():
+    about = {"examples": 9, "queries": 4, "removed": 4, "subsets": 2, "training_seconds": [0.2, 0.3]}
+    old = {
+        "exact": [{"seed": 0, "status": "ok", "clean": True, "flipped": True, "ratio": 9.0, "loo": 0.1, "harm": 0.6}],
+        "kfac": [{"seed": 0, "status": "unfit", "reason": "so", "clean": True}],
+        "tracin": [{"seed": 0, "status": "ok", "clean": True, "ratio": 1.0}],
+    }
+    new = {
+        "exact": [
+            {"seed": 0, "status": "ok", "clean": True, "ratio": 5.0, "loo": 0.2},
+            {"seed": 1, "status": "ok", "clean": True, "ratio": 6.0},
+        ],
+        "smoothed": [{"seed": 0, "status": "ok", "clean": True, "ratio": 7.0}],
+        "kfac": [{"seed": 0, "status": "ok", "clean": True, "ratio": 3.0}],
+        "tracin": [{"seed": 0, "status": "ok", "flipped": True, "ratio": 8.0, "self": 0.9}],
+    }
+    task = {"about": about, "methods": old}
+    before = {"machines": ["A"], "tasks": {"t": task, "u": task}}
+    found = {
+        "machines": ["B"],
+        "tasks": {
+            "t": {"about": about | {"training_seconds": [0.1, 0.2]}, "methods": new},
+            "u": {"about": about | {"examples": 10}, "methods": new},
+        },
+    }
+    both = added(before, found, ["exact", "smoothed", "kfac", "tracin"])
+    assert both["machines"] == ["B", "A"]  # that of most rows first
+    task = both["tasks"]["t"]
+    assert task["about"]["training_seconds"] == [0.1, 0.3]
+    assert list(task["methods"]) == ["exact", "smoothed", "kfac", "tracin"]
+    assert task["methods"]["exact"] == [
+        {"seed": 0, "status": "ok", "clean": True, "flipped": True, "ratio": 5.0, "loo": 0.2, "harm": 0.6},
+        {"seed": 1, "status": "ok", "clean": True, "ratio": 6.0},
+    ]
+    assert task["methods"]["kfac"] == [{"seed": 0, "status": "ok", "clean": True, "ratio": 3.0}]
+    assert task["methods"]["tracin"] == [
+        {"seed": 0, "status": "ok", "clean": True, "ratio": 1.0, "machine": 1, "flipped": True, "self": 0.9}
+    ]
+    assert both["tasks"]["u"]["methods"] == new  # another task by now
+    assert added(both, {"machines": ["B"], "tasks": {}}, []) == both
+    assert "| tracin |  |  |  |  |  |  |  | 1 x† |" in table("t", task)
+    elsewhere = {"seed": 2, "status": "ok", "clean": True, "ratio": 99.0, "machine": 1}
+    assert cell([*task["methods"]["exact"], elsewhere], "ratio") == "5.5 x"  # costs of one machine alone
