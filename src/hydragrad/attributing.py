@@ -282,7 +282,8 @@ def _sweep_block(
     slopes, of_buffers = wanted.queries.sensitivities(way.end, wanted.columns, chosen)
     slots = sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups)
     scores.open(chosen, sweep.replayer.device)
-    moments = Backwards(sweep.replayer, way.trajectory, sweep.stop, plan.segment, plan.on_disk)
+    linear = sweep.optimizer.update.linear
+    moments = Backwards(sweep.replayer, way.trajectory, sweep.stop, plan.segment, plan.on_disk, linear=linear)
     common = (min(plan.block, chosen.stop - chosen.start), scores.add, watch)
     if isinstance(engine, ScaledEngine):
         watch.begin(direction_of(slopes, slots, sweep.optimizer))

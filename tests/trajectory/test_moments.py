@@ -15,7 +15,7 @@ from hydragrad.run import Run
 from hydragrad.trajectory.agreement import state_difference
 from hydragrad.trajectory.moments import Backwards, Moment, forwards
 from hydragrad.trajectory.recording import record
-from hydragrad.trajectory.state import State
+from hydragrad.trajectory.state import UNREAD, State
 from hydragrad.trajectory.store import Trajectory
 from tests.trajectory.loops import assert_same_params, bind, losses, make_data, make_model, record_run, sgd
 
@@ -75,6 +75,28 @@ def plain_gradient(run: Run, state: State, ids: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_backwards(runs: dict[int, Run], spacing: int, most: int) -> None:
     assert_moments(list(backwards(runs[spacing], STEPS, most)), runs[spacing], list(reversed(range(STEPS))))
+
+
+@pytest.mark.parametrize("most", MOST)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_for_a_linear_update_they_come_without_slots(runs: dict[int, Run], spacing: int, most: int) -> None:
+    run, starts, unread = runs[spacing], 0, 0
+    swept = Backwards(run.replayer(), run.trajectory, STEPS, most, linear=True)
+    for whole, light in zip(backwards(run, STEPS, most), swept, strict=True):
+        assert_same_params(light.state.params, whole.state.params)
+        assert_same_params(light.gradient, whole.gradient)
+        assert light.state.optimizer.keys() == whole.state.optimizer.keys()
+        slots = [slot for slots in light.state.optimizer.values() for slot in slots.values()]
+        if slots and all(slot is UNREAD for slot in slots):
+            unread += 1
+        else:  # where a replay starts from
+            assert_same_state(light.state, whole.state)
+            starts += 1
+    assert set(swept.drift.values()) == {0.0}
+    assert starts
+    assert unread or spacing == 1  # then every state is one
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        _ = UNREAD + torch.ones(3)
 
 
 @pytest.mark.parametrize("most", MOST)
@@ -166,8 +188,9 @@ def test_drift_from_an_altered_checkpoint(runs: dict[int, Run], altered: int, mo
     assert all(drift == 0.0 for step, drift in swept.drift.items() if step < altered)
 
 
+@pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("most", [2, 1000])
-def test_a_sweep_that_meets_another_gradient_names_the_step(runs: dict[int, Run], most: int) -> None:
+def test_a_sweep_that_meets_another_gradient_names_the_step(runs: dict[int, Run], most: int, linear: bool) -> None:
     run, wrong = runs[7], 16
     ids = run.steps[wrong].batches[0]
 
@@ -179,7 +202,7 @@ def test_a_sweep_that_meets_another_gradient_names_the_step(runs: dict[int, Run]
         return values * 1.5 if same else values
 
     changed = Run(replace(run.problem, loss=other), run.trajectory)
-    swept = Backwards(changed.replayer(), changed.trajectory, STEPS, most)
+    swept = Backwards(changed.replayer(), changed.trajectory, STEPS, most, linear=linear)
     with pytest.raises(MismatchError, match=f"step {wrong} is 1.5 times larger"):
         list(swept)
 

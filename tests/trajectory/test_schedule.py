@@ -149,9 +149,9 @@ def test_scores_do_not_depend_on_the_schedule(
     original = Backwards.__init__
     for slots, on_disk in SCHEDULES:
 
-        def init(self: Backwards, *args: Any, slots: int = slots, on_disk: int = on_disk) -> None:
+        def init(self: Backwards, *args: Any, linear: bool, slots: int = slots, on_disk: int = on_disk) -> None:
             replayer, trajectory, stop, *_ = args
-            original(self, replayer, trajectory, stop, slots, on_disk)
+            original(self, replayer, trajectory, stop, slots, on_disk, linear=linear)
 
         monkeypatch.setattr(Backwards, "__init__", init)
         assert torch.equal(hg.attribute(run, queries, **given).values, whole), (slots, on_disk)

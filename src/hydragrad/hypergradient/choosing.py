@@ -168,18 +168,20 @@ def _sizes(sweep: Sweep, point: Point, method: str) -> Sizes:
     activations = activation_bytes(sweep.objective, point)
     whole = sum(x.nbytes for x in (*sweep.objective.module.parameters(), *sweep.objective.module.buffers()))
     stored = whole + state_slots + _RANDOM
+    unread = state_slots if sweep.optimizer.update.linear else 0  # of a state at a step: see Backwards
     factor = {"exact": 4, "gauss-newton": 3, "hessian-free": 2}[method]
     return Sizes(
         number=number,
         adjoint=(size if method == "hessian-free" and sweep.elementwise else size + state_slots) + buffers,
-        state=stored + size,
+        state=stored + size - unread,
         # gam, its parts that the engine copies, C gam; for adaptive optimizers the update's successors (measured)
         engine=factor * activations + 5 * size + (0 if sweep.optimizer.update.linear else size + state_slots),
         longest=_longest(sweep),
         stored=stored,
         # the replayer and its gradients, copies of the model for objective and queries, the state asked about, the
-        # point of the measurements; the recorded state that the replay of a stretch is compared with
-        made=(whole + state_slots + size) + 2 * whole + (whole + state_slots) + size + stored,
+        # point of the measurements; the recorded state that the replay of a stretch is compared with; the slots of the
+        # state that it starts from
+        made=(whole + state_slots + size) + 2 * whole + (whole + state_slots) + size + stored + unread,
     )
 
 

@@ -153,7 +153,7 @@ class Rehearsal:
         replayer.restore(self._state)
         for record in self._sweep.run.trajectory.steps[self._state.step : self._stop]:
             at = [self._now()]
-            before = replayer.state()
+            before = replayer.state(slots=not self._sweep.optimizer.update.linear)
             at.append(self._now())
             moments.append((before, advance(replayer, record, compare=False), replayer.random))
             at.append(self._now())

@@ -83,6 +83,7 @@ class Backwards:
     kept at a time, beside the recorded one that the replay is compared with: longer stretches are cut by the rules of
     ``schedule``, which tells how often steps are taken, by states in memory and by ``on_disk`` states in a
     folder below the store, removed at the end.
+    ``linear``: the optimizer's update is, so that its derivative reads no slot (momentum) and moments come without.
     ``drift``: step of a checkpoint -> how far the replay ended from it; ``replayed``: steps taken so far. A reweighted
     run's gradients have no record to be compared with; its batches have.
 
@@ -93,9 +94,17 @@ class Backwards:
     """
 
     def __init__(
-        self, replayer: Replayer, trajectory: Trajectory | Reweighted, stop: int, slots: int, on_disk: int = 0
+        self,
+        replayer: Replayer,
+        trajectory: Trajectory | Reweighted,
+        stop: int,
+        slots: int,
+        on_disk: int = 0,
+        *,
+        linear: bool = False,
     ) -> None:
         self.replayer = replayer
+        self.linear = linear
         self.trajectory = trajectory
         self.stop = stop
         self.schedule = Schedule(max(slots, LEAST), on_disk)
@@ -202,8 +211,9 @@ class Backwards:
         self.replayer.restore(state)
         moments: list[Revisited] = []
         for t in range(state.step, stop):
-            here = t == state.step and self.replayer.device.type == "cpu"
-            before = state if here else self.replayer.state()
+            first = t == state.step  # whole: it may be replayed from once more
+            here = first and self.replayer.device.type == "cpu"
+            before = state if here else self.replayer.state(slots=first or not self.linear)
             moments.append((before, self._advance(t, compare=compare), self.replayer.random))
         return moments
 

@@ -93,10 +93,10 @@ class Replayer:
         self._draws.ends = {} if state.random is None else state.random.tensors()
         self._step = state.step
 
-    def state(self) -> State:
-        """Where it stands, as detached clones."""
+    def state(self, *, slots: bool = True) -> State:
+        """Where it stands, as detached clones; without ``slots`` it cannot be restored, see ``capture_state``."""
         random = RandomState.of(self._draws.ends, self.device)
-        return capture_state(self._step, self._params, self._live_buffers(), self._optimizer, random)
+        return capture_state(self._step, self._params, self._live_buffers(), self._optimizer, random, slots=slots)
 
     def _live_buffers(self) -> dict[str, Tensor]:
         return live_buffers(self.module, self._buffers) if self._buffers else {}

@@ -115,6 +115,10 @@ class Manifest:
     """{"compiled": whether a compiled model trained}."""
 
 
+UNREAD = torch.empty(0, device="meta")
+"""In place of an optimizer's tensor that nobody reads: whoever does gets an error from torch."""
+
+
 def live_buffers(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """The buffers of these names as they are now: a forward pass may have put other tensors in their places."""
     now = dict(module.named_buffers())
@@ -128,18 +132,27 @@ def capture_state(
     buffers: Mapping[str, Tensor],
     optimizer: Optimizer,
     random: RandomState | None = None,
+    *,
+    slots: bool = True,
 ) -> State:
-    """The State of live tensors as detached clones; raises UnsupportedError for optimizer state that is no tensor."""
-    slots = {}
+    """The State of live tensors as detached clones; raises UnsupportedError for optimizer state that is no tensor.
+
+    ``slots`` False: of the optimizer's tensors only which are there (``UNREAD``), and the value of counters.
+    """
+    kept = {}
     for name, param in params.items():
         held = optimizer.state.get(param)
         if held:
-            slots[name] = {slot: _clone(name, slot, value) for slot, value in held.items() if value is not None}
+            kept[name] = {
+                slot: UNREAD if not slots and isinstance(value, Tensor) and value.dim() else _clone(name, slot, value)
+                for slot, value in held.items()
+                if value is not None
+            }
     return State(
         step,
         {name: param.clone() for name, param in params.items()},
         {name: buffer.clone() for name, buffer in buffers.items()},
-        slots,
+        kept,
         random,
     )
 
