@@ -1,12 +1,27 @@
 """Child processes for tests: forked with the modules that are loaded already, ended without any clean-up."""
 
+import itertools
 import os
 import signal
+import time
 import traceback
 import warnings
 from collections.abc import Callable
 
 import torch
+
+PATIENCE = 600.0
+"""Seconds to wait for another process: the machine may be busy with others."""
+
+
+def until_killed(pause: float, last: int) -> Callable[..., None]:
+    """For a child's loop: takes ``pause`` seconds a call; the ``last`` one waits to be killed, late as that may be."""
+    calls = itertools.count(1)
+
+    def wait(*_: object) -> None:
+        time.sleep(pause if next(calls) < last else PATIENCE)
+
+    return wait
 
 
 def fork(work: Callable[[], object]) -> int:

@@ -178,7 +178,7 @@ def measured_peak(folder: Path, memory: int) -> int:
         env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=True,
     )
     return int(done.stdout)

@@ -14,7 +14,7 @@ from torch import Tensor
 import hydragrad as hg
 from hydragrad.hypergradient.hoisting import Halves
 from hydragrad.hypergradient.tracing import TracedFunction
-from tests.children import ended, fork, kill
+from tests.children import PATIENCE, ended, fork, kill
 from tests.faults import Disk, full
 from tests.hypergradient.recorded import recipe_of, recorded
 from tests.resuming.pieces import JOURNAL, STEPS, asked, on_step
@@ -67,10 +67,10 @@ def test_sweeps_that_are_killed_at_random_moments_go_on(
         def work(folder: Path = folder) -> None:
             on_step(monkeypatch, lambda: time.sleep(0.002))
             asked(run, folder)
-            time.sleep(9)
+            time.sleep(PATIENCE)
 
         child, lines = fork(work), 1 + attempt % 4  # the journal's, not a clock's: a busy machine is no less random
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while lines_of(folder / JOURNAL) < lines and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.02))

@@ -13,7 +13,7 @@ from hydragrad.run import Run
 from hydragrad.trajectory.recording import record
 from hydragrad.trajectory.store import Trajectory
 from hydragrad.verification import verify
-from tests.children import ended, fork, kill
+from tests.children import PATIENCE, ended, fork, kill, until_killed
 from tests.faults import Disk
 from tests.trajectory.loops import assert_same_params, bind, make_model, record_run, sgd
 
@@ -29,7 +29,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def wait_for_lines(folder: Path, count: int) -> None:
     """Until the run's journal has that many lines, however fast the machine is."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError):
             if (folder / "manifest.json").exists() and (folder / "journal.jsonl").read_bytes().count(b"\n") >= count:
@@ -65,10 +65,9 @@ def test_recordings_killed_at_fifty_random_moments(tmp_path: Path, uninterrupted
     chooser, lengths = random.Random(0), []
     for attempt in range(50):
         folder = tmp_path / f"{attempt}"
+        slow = until_killed(0.0005, STEPS - 1)
         child = fork(
-            lambda folder=folder: record_run(
-                folder, epochs=EPOCHS, checkpoint_every=EVERY, on_step=lambda: time.sleep(0.0005)
-            )
+            lambda folder=folder, slow=slow: record_run(folder, epochs=EPOCHS, checkpoint_every=EVERY, on_step=slow)
         )
         if attempt % 10:  # every tenth is killed from its very beginning on
             wait_for_lines(folder, chooser.randrange(1, 30))
