@@ -52,7 +52,7 @@ ifneq ($(PEERS),0)
 	-$(BIN)/python -m comparison.environments  # a library that cannot be installed is left out
 endif
 	$(BIN)/python -m comparison $(if $(filter 0,$(PEERS)),--no-peers)
-	$(BIN)/python -m comparison.results
+	$(BIN)/python -m comparison.results --add
 	$(BIN)/python -m comparison.page
 
 paper: $(VENV)/.dev  ## run the studies behind the tables in the documentation
