@@ -7,7 +7,10 @@ WORKERS ?= 2
 PEERS   ?= 1
 
 BIN     := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+# Modules are compiled when they are first used, which is a small part of all that torch and the tools bring ...
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
+# ... and kept: some environments forbid that, and then every process of the tests would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Where `hydragrad demo` writes when it is not told otherwise.
 PICTURES := demo-output

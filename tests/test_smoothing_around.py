@@ -1,5 +1,6 @@
 """Around smoothed scores: what goes on after a kill, is planned, checked, said and refused."""
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import hydragrad as hg
 from hydragrad import attributing, smoothing
+from hydragrad.hypergradient import rehearsing
 from hydragrad.hypergradient import watch as watching
 from hydragrad.hypergradient.choosing import Fixed
 from tests.hypergradient.recorded import STEPS, recipe_of, recorded, values
@@ -59,7 +61,9 @@ def test_a_killed_sweep_goes_on_and_ends_the_same(run: hg.Run, tmp_path: Path, m
         hg.attribute(run, PROBLEM.queries, check=False, resume=tmp_path / "killed")
 
 
-def test_the_plan_counts_the_runs(run: hg.Run) -> None:
+def test_the_plan_counts_the_runs(run: hg.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()  # a clock by which everything takes as long as everything else
+    monkeypatch.setattr(rehearsing, "quiet_seconds", lambda: 1e-3 * next(ticks))
     one, four = (hg.plan(run, 6, block=2, compile=False, smoothing=runs) for runs in (1, 4))
     plain = hg.plan(run, 6, block=2, compile=False)
     assert (plain.reweighted, one.reweighted, four.reweighted) == (0, 1, 4)

@@ -9,8 +9,9 @@ from typing import final
 from hydragrad.errors import StoreError, message
 from hydragrad.files import dumps, loads, writing
 
-_FILLING = 1.0
-"""Seconds after which a lock without a holder's name is a dead process's: it is filled right after it was created."""
+_FILLING = 10.0
+"""Seconds after which a lock without a holder's name is a dead process's: it is filled right after it was created,
+which may take a second or two on a machine that others keep busy."""
 
 
 @final

@@ -119,12 +119,14 @@ def test_time_is_that_of_all_threads_and_of_children():
     began = cpu_seconds()
     subprocess.run([sys.executable, "-c", code], check=True)
     in_child = cpu_seconds() - began
-    began = cpu_seconds()
-    time.sleep(0.3)
-    asleep = cpu_seconds() - began
+    asleep = []
+    for _ in range(3):  # a processor that the machine's host takes away meanwhile counts as ours: the least is right
+        began = cpu_seconds()
+        time.sleep(0.3)
+        asleep.append(cpu_seconds() - began)
     assert in_threads >= 0.3
     assert in_child >= 0.4
-    assert asleep < 0.1
+    assert min(asleep) < 0.1
 
 
 def test_what_is_too_slow_is_stopped_and_says_after_how_many_trainings(folder, tmp_path):

@@ -24,7 +24,7 @@ from hydragrad.locks import Lock
 from hydragrad.trajectory.recording import record
 from hydragrad.trajectory.store import Trajectory
 from hydragrad.verification import verify
-from tests.children import ended, fork
+from tests.children import PATIENCE, ended, fork
 from tests.faults import Disk, full
 from tests.trajectory.loops import bind, losses, make_loader, make_model, record_run, sgd
 
@@ -269,7 +269,8 @@ def test_a_lock_that_names_nobody_is_taken_over_once_it_is_old(
     assert not path.exists()
 
 
-def test_a_lock_that_is_filled_in_time_is_heeded(tmp_path: Path) -> None:
+def test_a_lock_that_is_filled_in_time_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_FILLING", PATIENCE)
     path = tmp_path / "lock"
     path.touch()
 
