@@ -7,9 +7,20 @@ WORKERS ?= 2
 PEERS   ?= 1
 
 BIN     := $(VENV)/bin
-# Modules are compiled when they are first used, which is a small part of all that torch and the tools bring ...
+# uv, where there is one, takes seconds for what takes pip minutes; without --no-compile pip would compile all of torch.
+ifneq ($(shell command -v uv),)
+CREATE  := uv venv --quiet --seed --python $(PYTHON)
+INSTALL := uv pip install --quiet --python $(BIN)/python -c constraints.txt
+ifneq ($(PIP_FIND_LINKS),)
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+else
+CREATE  := $(PYTHON) -m venv
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
-# ... and kept: some environments forbid that, and then every process of the tests would compile them anew.
+endif
+
+# Modules are compiled when they are first used, and that is kept: some environments forbid it, and then every process
+# of the tests would compile them anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 # Where `hydragrad demo` writes when it is not told otherwise.
@@ -83,4 +94,4 @@ $(VENV)/.demo $(VENV)/.dev $(VENV)/.compare: $(VENV)/pyvenv.cfg pyproject.toml c
 	@touch $@
 
 $(VENV)/pyvenv.cfg:
-	$(PYTHON) -m venv $(VENV)
+	$(CREATE) $(VENV)
