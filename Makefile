@@ -28,7 +28,9 @@ PICTURES := demo-output
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:  # half an environment is none
-.NOTPARALLEL:      # the steps of `test` run in the order given, also under -j
+ifndef TOGETHER
+.NOTPARALLEL:      # one environment at a time, also under -j
+endif
 .PHONY: help demo test lint types docs tests wheel bench compare paper format clean
 
 help:  ## show this list
@@ -38,7 +40,9 @@ demo: $(VENV)/.demo  ## run the demo and say where its pictures are
 	$(BIN)/hydragrad demo
 	@echo; echo "Look at:"; find "$(CURDIR)/$(PICTURES)" -name '*.html' -o -name '*.png' | sort | sed 's/^/  /'
 
-test: lint types docs tests  ## check everything: style, types, documentation, tests
+test: $(VENV)/.dev  ## check everything: style, types, documentation, tests
+	@$(MAKE) --no-print-directory -j2 TOGETHER=1 lint types docs
+	@$(MAKE) --no-print-directory tests
 
 lint: $(VENV)/.dev  ## check the style
 	$(BIN)/ruff check .

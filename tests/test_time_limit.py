@@ -15,7 +15,7 @@ FILES = {
 import pytest
 from tests.time_limit import TimeLimit
 
-LIMIT = TimeLimit({until})
+LIMIT = TimeLimit({until}, least={least})
 
 @pytest.fixture
 def limit():
@@ -34,9 +34,9 @@ def test_two():
 }
 
 
-def run(repository: Path, folder: Path, until: str, *options: str) -> tuple[int, str]:
+def run(repository: Path, folder: Path, until: str, *options: str, least: str = "0.0") -> tuple[int, str]:
     for name, text in FILES.items():
-        (folder / name).write_text(text.format(until=until))
+        (folder / name).write_text(text.format(until=until, least=least))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--rootdir", str(folder), *options]
     outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run([*command, str(folder)], cwd=repository, env=outside, capture_output=True, text=True)
@@ -56,6 +56,12 @@ def test_a_run_that_got_to_nothing_is_no_success(repository, tmp_path, options):
     status, said = run(repository, tmp_path, "0.0", *options)
     assert status == pytest.ExitCode.NO_TESTS_COLLECTED, said
     assert "2 test(s) were NOT run, 0 were" in said
+
+
+def test_a_late_start_leaves_some_time(repository, tmp_path):
+    status, said = run(repository, tmp_path, "0.0", least="1e9")
+    assert status == 0, said
+    assert "1 test(s) were NOT run, 1 were" in said
 
 
 def test_only_the_environment_sets_a_limit(monkeypatch):

@@ -11,11 +11,18 @@ VARIABLE = "HYDRAGRAD_TESTS_UNTIL"
 
 
 class TimeLimit:
-    """A pytest plugin: passes by the tests that would begin after ``until``; a run that got to none of them fails."""
+    """A pytest plugin: passes by the tests that would begin after ``until``; a run that got to none of them fails.
 
-    def __init__(self, until: float) -> None:
-        self.until = until
+    There are ``least`` seconds for tests also where what came before them took too long.
+    """
+
+    def __init__(self, until: float, least: float = 300.0) -> None:
+        self.until, self.least = until, least
         self.left = 0
+
+    def pytest_collection_finish(self) -> None:
+        """Before the first test."""
+        self.until = max(self.until, time.time() + self.least)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self) -> bool | None:
