@@ -41,8 +41,7 @@ demo: $(VENV)/.demo  ## run the demo and say where its pictures are
 	@echo; echo "Look at:"; find "$(CURDIR)/$(PICTURES)" -name '*.html' -o -name '*.png' | sort | sed 's/^/  /'
 
 test: $(VENV)/.dev  ## check everything: style, types, documentation, tests
-	@$(MAKE) --no-print-directory -j2 TOGETHER=1 lint types docs
-	@$(MAKE) --no-print-directory tests
+	@$(MAKE) --no-print-directory -j3 TOGETHER=1 lint types docs tests
 
 lint: $(VENV)/.dev  ## check the style
 	$(BIN)/ruff check .
