@@ -51,9 +51,7 @@ class TimeLimit:
         if self.left:
             ran = sum(len(terminalreporter.stats.get(outcome, [])) for outcome in ("passed", "failed"))
             terminalreporter.section("time was up", red=True)
-            terminalreporter.line(
-                f"{self.left} test(s) were NOT run, {ran} were: `make tests` on a faster machine does"
-            )
+            terminalreporter.line(f"{self.left} test(s) were NOT run, {ran} were: run `make tests` on a faster machine")
 
 
 def limit() -> list[TimeLimit]:
