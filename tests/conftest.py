@@ -14,8 +14,6 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-from tests.time_limit import limit
-
 # The modules whose functions users call. Their annotated shapes, dtypes and types are enforced while tests run. The
 # rest of the package is left as it is: a checked function cannot be traced by torch.compile or torch.func transforms.
 CHECKED_MODULES = [
@@ -67,8 +65,6 @@ class Everywhere:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Everywhere(), "everywhere")
-    for plugin in limit():
-        config.pluginmanager.register(plugin, "time-limit")
 
 
 @pytest.fixture
