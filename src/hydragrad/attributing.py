@@ -107,10 +107,11 @@ def attribute(
             again=pieces.plan if pieces is not None else None,
             reweighted=len(runs),
         )
+        wrong = _derivatives(wanted, plan)
         watch = _sweep(wanted, scores, plan, progress, pieces)
         swept = time.perf_counter() - began
         smoothed = None if runs.fraction is None else Smoothing(len(runs), runs.fraction, scores.spread)
-        checks = Checks(gap=plan.gradient_gap, half=str(run.half_precision or ""), smoothing=smoothed)
+        checks = Checks(None, wrong, gap=plan.gradient_gap, half=str(run.half_precision or ""), smoothing=smoothed)
         if check:
             checks = _check(wanted, scores, plan, watch, checks, seed, progress)
     seconds = time.perf_counter() - began
@@ -187,10 +188,19 @@ class _Wanted:
         }
 
 
+def _derivatives(wanted: _Wanted, plan: Plan) -> float | None:
+    """The error of torch's own derivatives on one batch, looked at once a run: also where nothing is retrained."""
+    sweep, memo = wanted.sweep, wanted.sweep.run.memo
+    key = ("derivatives", wanted.method, sweep.stop, sweep.objective.names, sweep.objective.mode)
+    if key not in memo:
+        memo[key] = derivative_error(sweep.objective, plan.chosen.point, wanted.method)
+    return memo[key]
+
+
 def _check(
     wanted: _Wanted, scores: Scores, plan: Plan, watch: Watch, known: Checks, seed: int, progress: bool
 ) -> Checks:
-    """Retraining, the error of torch's own derivatives on one batch, a step repeated if any drifted.
+    """Retraining, and a step repeated if any drifted.
 
     Scores of one run face a ladder of small and whole removals there; means over several, what they are meant for.
     """
@@ -198,7 +208,6 @@ def _check(
     drifted = min((step for step, drift in watch.drift.items() if drift), default=None)
     checks = replace(
         known,
-        derivatives=derivative_error(sweep.objective, plan.chosen.point, wanted.method),
         unsteady=None if drifted is None else repeated_step(sweep.run, sweep.run.trajectory.nearest(drifted - 1)),
     )
     given = (sweep.run, wanted.queries, wanted.columns, total, wanted.rows.of, sweep.stop, seed)
