@@ -300,6 +300,27 @@ def test_what_the_loop_draws_after_a_backward_pass_is_its_own(kind: str, tmp_pat
     assert_same_params(run.replay().params, params_of(model))
 
 
+def test_a_model_that_draws_late_beside_its_loop_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After batches that drew nothing it is not looked where a draw ends; the next one's state is then stored."""
+    monkeypatch.setattr("hydragrad.trajectory.randomness._IDLE", 2)
+    model = dropping()
+    optimizer = sgd(model)
+    with record(tmp_path / "run", model, optimizer) as recording:
+        for place, batch in enumerate(recording.batches(DataLoader(make_data(), 2))):
+            model.train(place > 3)
+            losses(model, batch).mean().backward()
+            if place > 3:
+                everything()
+            if place % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    run = bound("dropout", tmp_path / "run")
+    stored = [[draw and draw["torch"] is not None for draw in step.draws] for step in run.steps]
+    assert stored == [[None, None], [None, None], *[[True, True]] * (run.num_steps - 2)]
+    assert verify(run).exact, verify(run)
+    assert_same_params(run.replay().params, params_of(model))
+
+
 def test_noise_that_the_loop_adds_later_in_the_run_is_met_at_its_step(tmp_path: Path) -> None:
     """Only in the second micro-batch of step 2: loading takes the first step alone."""
     model = make_model()

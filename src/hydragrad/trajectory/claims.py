@@ -6,6 +6,7 @@ from typing import Any, final
 
 from torch import Tensor
 
+from hydragrad.trajectory.loaders import Ids
 from hydragrad.trajectory.watching import Ran
 
 
@@ -14,7 +15,7 @@ from hydragrad.trajectory.watching import Ran
 class PendingBatch:
     """A yielded batch that no step has claimed yet. ``place``: of a skipped one, how many micro-batches precede it."""
 
-    ids: Tensor
+    ids: Ids
     digests: Tensor | None
     epoch: int
     loader: int

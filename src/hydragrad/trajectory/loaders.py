@@ -17,16 +17,25 @@ from hydragrad.trajectory.augmentation import in_epoch, refuse_hidden
 _BY_HAND = "give the ids yourself: recording.batches(iterable, indices=[[ids of batch 0], [ids of batch 1], ...])"
 
 
-def as_ids(index: Any, length: int | None) -> Tensor:
-    """The ids that a sampler yielded for one batch (an int or a sequence of ints), int64 [b], non-negative."""
+Ids = Tensor | array.array
+"""Of a batch: int64 [b]; as an array where there is no time for a tensor yet."""
+
+
+def to_tensor(ids: Ids) -> Tensor:
+    """int64 [b]."""
+    return ids if isinstance(ids, Tensor) else torch.frombuffer(ids, dtype=torch.int64)
+
+
+def as_ids(index: Any, length: int | None) -> Ids:
+    """The ids that a sampler yielded for one batch (an int or a sequence of ints), non-negative."""
     if type(index) is list and index and length is not None:
         try:
             plain = array.array("q", index)
         except (TypeError, OverflowError):
             pass  # for the slower way to say what they are
         else:
-            if min(plain) >= 0 and max(plain) < length:
-                return torch.frombuffer(plain, dtype=torch.int64)
+            if min(index) >= 0 and max(index) < length:
+                return plain
     try:
         ids = np.array(index.detach().cpu() if isinstance(index, Tensor) else index).reshape(-1)
         if ids.size and ids.dtype.kind not in "iu":
@@ -53,7 +62,7 @@ class _NotingSampler:
     def __init__(self, sampler: Any, data: Any) -> None:
         self._sampler, self._data, self._length = sampler, data, len(data)
         self.epoch = 0
-        self.noted: deque[tuple[Tensor, str]] = deque()
+        self.noted: deque[tuple[Ids, str]] = deque()
 
     def __iter__(self) -> Iterator[Any]:
         self.noted = noted = deque()  # a new pass; what an abandoned one prefetched is forgotten
@@ -100,7 +109,7 @@ class WatchedLoader:
         """The next pass is this epoch."""
         self._sampler.epoch = epoch
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+    def __iter__(self) -> Iterator[tuple[Ids, Any]]:
         self._share_workers(self.loader, self._copy, self._sampler)
         try:
             for batch in self._copy:
@@ -164,7 +173,7 @@ class WatchedBatches:
     def begin(self, epoch: int) -> None:
         """The next pass is this epoch; batches that are made elsewhere know that themselves."""
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+    def __iter__(self) -> Iterator[tuple[Ids, Any]]:
         indices, missing = iter(self._indices), object()
         for count, batch in enumerate(self._batches):
             index = next(indices, missing)

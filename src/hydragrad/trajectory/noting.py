@@ -11,6 +11,7 @@ from hydragrad.step.clipping import Clip
 from hydragrad.trajectory.claims import PendingBatch
 from hydragrad.trajectory.clips import ClipNotes
 from hydragrad.trajectory.fingerprints import GradientFingerprint, Reading
+from hydragrad.trajectory.loaders import to_tensor
 from hydragrad.trajectory.optimizers import HyperNotes
 from hydragrad.trajectory.randomness import Draw, DrawWriter
 from hydragrad.trajectory.sparing import fingerprinted
@@ -118,29 +119,33 @@ class StepNotes:
                 assert one.ran.modes is not None
                 draw = self._draws.draw(one.drawn)
                 self._draws.forget()  # what the loop drew before it asked for the next batch is not this one's
-                passes.append(Pass(one.ids, one.digests, one.epoch, k, one.ran.modes, one.ran.autocast, draw))
+                passes.append(
+                    Pass(to_tensor(one.ids), one.digests, one.epoch, k, one.ran.modes, one.ran.autocast, draw)
+                )
             if batch is not None:
                 draws.append(self._draws.draw(batch.drawn))
         return tuple(passes), tuple(draws)
 
 
 def _record(step: Noted, fingerprint: Tensor | None) -> StepRecord:
+    noted = [(to_tensor(b.ids), b.digests, b.epoch, b.loader, b.ran and b.ran.autocast) for b in step.batches]
+    ids, digests, epochs, loaders, autocast = zip(*noted, strict=True)
     return StepRecord(
         index=step.number,
-        epoch=step.batches[0].epoch,
-        batches=tuple([batch.ids for batch in step.batches]),
-        digests=tuple([batch.digests for batch in step.batches]),
+        epoch=epochs[0],
+        batches=ids,
+        digests=digests,
         groups=step.groups,
         without_grad=step.without_grad,
         fingerprint=fingerprint,
         modes=step.modes,
-        epochs=tuple([batch.epoch for batch in step.batches]),
-        loaders=tuple([batch.loader for batch in step.batches]),
-        skipped=tuple([batch.ids for batch in step.skipped]),
+        epochs=epochs,
+        loaders=loaders,
+        skipped=tuple([to_tensor(batch.ids) for batch in step.skipped]),
         draws=step.draws,
         clips=step.clips,
         scale=step.scale,
-        autocast=tuple([batch.ran and batch.ran.autocast for batch in step.batches]),
+        autocast=autocast,
         frozen=step.frozen,
         passes=step.passes,
     )

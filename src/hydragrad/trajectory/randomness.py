@@ -154,7 +154,10 @@ class Seeding:
 
 
 Drawn = tuple[Mapping[str, Any], Mapping[str, Any]]
-"""States before and after of the generators that a micro-batch drew from."""
+"""States before and after (nothing: unknown) of the generators that a micro-batch drew from."""
+
+_IDLE = 100
+"""After so many micro-batches that drew nothing it is only looked whether one does, not where it ended."""
 
 
 @final
@@ -166,6 +169,7 @@ class RandomWatch:
         self._open = False
         self._last: Look | None = None
         self._complete: Look | None = None
+        self._idle = 0
 
     def begin(self) -> None:
         """A micro-batch begins."""
@@ -173,7 +177,7 @@ class RandomWatch:
 
     def complete(self) -> None:
         """Its backward pass came: what is drawn from here on is the loop's own, and not for a replay."""
-        if self._open:
+        if self._open and self._idle < _IDLE:
             self._complete = self._looker.look(self._last)
 
     def end(self) -> Drawn | None:
@@ -183,11 +187,13 @@ class RandomWatch:
         before, self._open = self._last, False
         assert before is not None
         self._last = after = self._complete or self._looker.look(before)
-        if after is before:
-            return None
         drawn = changed(before, after)
+        if not drawn:
+            self._idle += 1
+            return None
+        known, self._idle = self._idle < _IDLE, 0
         first, second = ({name: at.states[name] for name in drawn} for at in (before, after))
-        return (first, second) if drawn else None
+        return first, second if known else {}
 
 
 @final
@@ -205,7 +211,7 @@ class DrawWriter:
         draw = {
             name: None if self._ends.get(name) == state else to_tensor(name, state) for name, state in before.items()
         }
-        self._ends.update(after)
+        self._ends.update({name: after.get(name) for name in before})
         return draw
 
     def forget(self) -> None:

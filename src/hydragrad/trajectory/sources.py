@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hydragrad.errors import MismatchError, UnsupportedError, message
-from hydragrad.trajectory.loaders import WatchedBatches, WatchedLoader
+from hydragrad.trajectory.loaders import Ids, WatchedBatches, WatchedLoader, to_tensor
 from hydragrad.trajectory.points import LoaderPoint, Point
 from hydragrad.trajectory.randomness import RandomState
 
@@ -53,7 +53,7 @@ class Sources:
         """Whether a pass over some loader is open."""
         return bool(self._open)
 
-    def passing(self, place: int, watched: Watched) -> Generator[tuple[int, Tensor, Any], None, None]:
+    def passing(self, place: int, watched: Watched) -> Generator[tuple[int, Ids, Any], None, None]:
         """One pass over a watched loader: its number, ids and batches."""
         progress = self._progress[place]
         batches = self._begin(place, watched, progress)
@@ -105,7 +105,7 @@ class Sources:
         elif point.taken < _length(self._known[place][1]):
             progress.passes -= 1  # the loop passes by itself what it had trained on: the same pass
 
-    def _begin(self, place: int, watched: Watched, progress: _Progress) -> Iterator[tuple[Tensor, Any]]:
+    def _begin(self, place: int, watched: Watched, progress: _Progress) -> Iterator[tuple[Ids, Any]]:
         ahead, progress.ahead = progress.ahead, None
         if ahead is not None:
             return self._begin_again(place, watched, progress, ahead)
@@ -116,9 +116,7 @@ class Sources:
         watched.begin(progress.passes - 1)
         return iter(watched)
 
-    def _begin_again(
-        self, place: int, watched: Watched, progress: _Progress, ahead: int
-    ) -> Iterator[tuple[Tensor, Any]]:
+    def _begin_again(self, place: int, watched: Watched, progress: _Progress, ahead: int) -> Iterator[tuple[Ids, Any]]:
         """The open pass from its beginning, its first ``ahead`` batches passed by; then the generators as they were."""
         assert progress.begun is not None
         assert self._later is not None
@@ -126,7 +124,7 @@ class Sources:
         _set_own(watched, progress.own)
         watched.begin(progress.passes - 1)
         batches = iter(watched)
-        passed = [ids for ids, _ in islice(batches, ahead)]
+        passed = [to_tensor(ids) for ids, _ in islice(batches, ahead)]
         last = self._last.get(place)
         if len(passed) < ahead or (last is not None and not any(torch.equal(ids, last) for ids in passed)):
             raise MismatchError(

@@ -1,7 +1,7 @@
 """Which steps are looked at closely while a run is recorded: a look at each costs a small model 3 % of its training.
 
 What is left out is not lost: it goes into the gradients after it and into the next recorded state, which are compared.
-A refusal may then name a step up to seven later.
+A refusal may then name a step up to fifteen later.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from itertools import takewhile
 
 from hydragrad.trajectory.state import StepRecord
 
-ALWAYS, _EVERY = 100, 8
+ALWAYS, _EVERY = 100, 16
 
 
 def fingerprinted(step: int) -> bool:
-    """Whether this step's gradient is: of the first hundred each, then of every eighth."""
+    """Whether this step's gradient is: of the first hundred each, then of every sixteenth."""
     return step < ALWAYS or step % _EVERY == 0
 
 

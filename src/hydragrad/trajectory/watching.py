@@ -127,7 +127,7 @@ class ModelWatch:
 
     def begin(self) -> None:
         """A batch begins."""
-        self._autocast, self._versions = None, self._version()
+        self._autocast, self._versions = None, self._version() if self._holders else []
 
     def end(self) -> Ran:
         """It ended."""
