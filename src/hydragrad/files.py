@@ -72,9 +72,10 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def stage(path: Path, data: bytes) -> Path:
+def stage(path: Path, data: bytes, *, durable: bool = True) -> Path:
     """Write ``data`` beside ``path`` and return that temporary file, to be renamed; ``path`` is left alone.
 
+    ``durable``: a failure of power, too, finds it whole once it is renamed; else that takes ``make_durable``.
     Raises StoreError, and leaves nothing behind, where there is no space or no permission.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -84,7 +85,8 @@ def stage(path: Path, data: bytes) -> Path:
             with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -92,9 +94,12 @@ def stage(path: Path, data: bytes) -> Path:
     return temporary
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file, or nothing: a reader (or a kill) never sees a part of it. Raises StoreError."""
-    temporary = stage(path, data)
+def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write a whole file, or nothing: a reader (or a kill) never sees a part of it. Raises StoreError.
+
+    ``durable``: see ``stage``.
+    """
+    temporary = stage(path, data, durable=durable)
     with writing(path):
         try:
             os.replace(temporary, path)
@@ -102,6 +107,12 @@ def write_atomically(path: Path, data: bytes) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def make_durable(path: Path) -> None:
+    """See to it that what was written lies on the disk, and not in the system's memory alone. Raises StoreError."""
+    with writing(path), open(path, "r+b") as file:
+        os.fsync(file.fileno())
 
 
 def reserve(path: Path, size: int) -> None:

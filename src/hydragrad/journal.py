@@ -26,9 +26,9 @@ class FileRef:
     sha256: str
 
     @staticmethod
-    def write(folder: Path, name: str, data: bytes) -> "FileRef":
+    def write(folder: Path, name: str, data: bytes, *, durable: bool = True) -> "FileRef":
         """Write the file and return what vouches for it."""
-        write_atomically(folder / name, data)
+        write_atomically(folder / name, data, durable=durable)
         return FileRef(name, len(data), sha256(data))
 
     @staticmethod
@@ -50,6 +50,11 @@ class FileRef:
     def to_dict(self) -> dict[str, Any]:
         """For the journal."""
         return asdict(self)
+
+    def whole(self, folder: Path) -> bool:
+        """Whether the file is there, as long as it was written."""
+        path = folder / self.name
+        return path.is_file() and path.stat().st_size == self.size
 
     def check_size(self, folder: Path) -> None:
         """Refuse a missing or truncated file, or a link out of the folder, by name (cheap: nothing is read)."""
@@ -93,7 +98,7 @@ class Journal:
         """Behind the whole lines that ``read_journal`` gave."""
         return Journal(path, sha256(written[written[:-1].rfind(b"\n") + 1 :]), len(written))
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: Entry, *, durable: bool = True) -> None:
         """Append a line, or nothing: where the disk is full the journal stays as long as it was. Raises StoreError."""
         line = sealed(entry, self._previous)
         with writing(self.path), open(self.path, "r+b" if self._length else "wb") as journal:
@@ -102,7 +107,8 @@ class Journal:
                 journal.seek(self._length)
                 journal.write(line)
                 journal.flush()
-                os.fsync(journal.fileno())
+                if durable:
+                    os.fsync(journal.fileno())
             except OSError:
                 with contextlib.suppress(OSError):
                     os.ftruncate(journal.fileno(), self._length)

@@ -191,6 +191,21 @@ def test_a_recording_that_dies_while_it_is_taken_up_again_can_be_taken_up(tmp_pa
     assert [step for step, _ in Trajectory(tmp_path / "run").resumptions] == [6, 6, 9, 15]
 
 
+@pytest.mark.parametrize(
+    ("name", "begun"),
+    [("checkpoints/00000009", 6), ("points/00000009", 6), ("steps/00000003", 3), ("points/00000003", 0)],
+)
+def test_a_recording_that_lost_files_with_the_power_goes_on_before_them(name: str, begun: int, tmp_path: Path) -> None:
+    whole_loop(tmp_path / "whole", "plain")
+    folder = tmp_path / "run"
+    assert ended(fork(lambda: whole_loop(folder, "plain", on_step=dying(11)))) == 9
+    (folder / f"{name}.safetensors").write_bytes(b"")
+    assert whole_loop(folder, "plain").step == begun
+    assert content(folder) == content(tmp_path / "whole")
+    assert Trajectory(folder).complete
+    assert verify(bound(folder, "plain")).exact
+
+
 def dying(at: int) -> Callable[[int], object]:
     return lambda step: os._exit(9) if step == at else None
 

@@ -32,17 +32,17 @@ def writers() -> list[threading.Thread]:
 
 
 def test_the_training_goes_on_while_a_segment_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go, synchronise = threading.Event(), os.fsync
+    go, rename = threading.Event(), os.replace
 
-    def waiting(handle: int) -> None:
+    def waiting(source: str, target: str) -> None:
         if threading.current_thread() is not threading.main_thread():
             assert go.wait(20)
             time.sleep(0.02)
-        synchronise(handle)
+        rename(source, target)
 
     model, loader, lines = make_model(), make_loader(), []
     optimizer, journal = sgd(model), tmp_path / "run" / "journal.jsonl"
-    monkeypatch.setattr(os, "fsync", waiting)
+    monkeypatch.setattr(os, "replace", waiting)
     with record(tmp_path / "run", model, optimizer, checkpoint_every=2) as recording:
         for _ in range(2):
             for place, batch in enumerate(recording.batches(loader)):

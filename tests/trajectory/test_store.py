@@ -1,6 +1,7 @@
 """The store: consistent whenever it is killed, refused by name when it was altered, nothing pickled."""
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -12,7 +13,8 @@ from hydragrad.errors import StoreError
 from hydragrad.files import dumps, from_json, loads, to_json
 from hydragrad.trajectory.format import VERSION
 from hydragrad.trajectory.store import Trajectory
-from tests.trajectory.loops import make_model, record_run, sgd
+from hydragrad.verification import verify
+from tests.trajectory.loops import assert_same_params, bind, make_model, record_run, sgd
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,61 @@ def test_a_journal_torn_anywhere_opens_as_a_prefix(run_folder: Path) -> None:
         assert len(trajectory) == [0, 4, 8, 10, 10][whole - 1]
         assert trajectory.complete == (whole == 5)
         assert trajectory.complete or "killed" in trajectory.reason
+
+
+@pytest.mark.parametrize("remains", [None, b""], ids=["nothing", "an empty file"])
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("steps/00000004.safetensors", 4),
+        ("checkpoints/00000008.safetensors", 4),
+        ("steps/00000008.safetensors", 8),
+        ("checkpoints/00000010.safetensors", 8),
+    ],
+)
+def test_a_run_that_ended_with_the_power_opens_before_what_was_lost(
+    name: str, kept: int, remains: bytes | None, run_folder: Path
+) -> None:
+    """Files that the system had not written to the disk are empty or missing then; so is the journal's last line."""
+    journal = run_folder / "journal.jsonl"
+    whole, (*lines, _) = bind(run_folder), journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines))
+    (run_folder / name).unlink()
+    if remains is not None:
+        (run_folder / name).write_bytes(remains)
+    run = bind(run_folder)
+    assert run.num_steps == kept
+    assert run.trajectory.checkpoints == tuple(step for step in (0, 4, 8) if step <= kept)
+    assert f"lost from step {kept} on, since {name} is not whole" in run.trajectory.reason
+    assert not run.trajectory.complete
+    found = verify(run)
+    assert found.exact
+    assert name in str(found)
+    assert_same_params(run.replay().params, whole.replay(until=kept).params)
+
+
+def test_the_first_state_is_never_lost(run_folder: Path) -> None:
+    """It lay on the disk before the run existed: without it there is none."""
+    journal = run_folder / "journal.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
+    (run_folder / "checkpoints/00000000.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"checkpoints/00000000.safetensors is missing"):
+        Trajectory(run_folder)
+
+
+def test_everything_lies_on_the_disk_before_the_end_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, synchronise, lying = tmp_path / "run", os.fsync, list[str]()
+
+    def noted(handle: int) -> None:
+        synchronise(handle)
+        lying.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    record_run(folder)
+    written = {path.name for path in folder.rglob("*.safetensors")}
+    assert written <= set(lying) | {"00000000.safetensors"}
+    assert len([name for name in lying if name == "00000004.safetensors"]) == 2  # steps and the state
+    assert lying[-1] == "journal.jsonl"
 
 
 def test_nothing_on_disk_is_pickled(recorded: Path) -> None:

@@ -29,6 +29,8 @@ from hydragrad.trajectory.tables import (
 from hydragrad.trajectory.watching import Autocast
 
 VERSION = 6
+KINDS = ("steps", "batches", "point", "checkpoint")
+"""The files that a journal's line may vouch for."""
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", "recording.lock"
 
 

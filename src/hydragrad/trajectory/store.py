@@ -8,8 +8,8 @@ from typing import Any, ClassVar, final
 
 from hydragrad.errors import MismatchError, StoreError, message
 from hydragrad.files import broken_file, loads, read_bytes, reading, sha256
-from hydragrad.journal import FileRef, read_journal
-from hydragrad.trajectory.format import JOURNAL, MANIFEST, VERSION, decode_state, decode_steps
+from hydragrad.journal import Entry, FileRef, read_journal
+from hydragrad.trajectory.format import JOURNAL, KINDS, MANIFEST, VERSION, decode_state, decode_steps
 from hydragrad.trajectory.keeping import decode_batches
 from hydragrad.trajectory.points import Point, decode_point
 from hydragrad.trajectory.state import Manifest, State, StepRecord
@@ -44,9 +44,14 @@ class Trajectory:
         journal = self.folder / JOURNAL
         entries, written = read_journal(journal, sha256(described), MANIFEST)
         check_entries(entries, journal)
-        last = entries[-1]
+        last, gone = entries[-1], {step for entry in entries for step in entry.get("dropped", ())}
         self.complete: bool = bool(last.get("end") and last["complete"])
         self.reason: str = last["reason"] if last.get("end") else _UNSAID
+        if not last.get("end"):
+            entries, lost = _whole(entries, gone, self.folder, journal)
+            self.reason += lost
+        self.lines = len(entries)
+        """Of the journal: those that were read."""
         self.trailing: list[list[int]] = last["skipped"] if last.get("end") else []
         """Ids of the batches after the last step."""
         self.identity: str = sha256(described + written)
@@ -61,8 +66,6 @@ class Trajectory:
                 continue
             if entry["checkpoint"] is not None:
                 self._states[entry["stop"]] = FileRef.of(entry["checkpoint"], journal)
-            for dropped in entry.get("dropped", ()):
-                del self._states[dropped]
             if entry.get("point") is not None:
                 self._points[entry["stop"]] = FileRef.of(entry["point"], journal)
                 self._points[entry["stop"]].check_size(self.folder)
@@ -79,6 +82,8 @@ class Trajectory:
                 check_steps(segment, self.manifest, range(entry["start"], entry["stop"]), path)
                 check_draws(segment, path)
                 steps.extend(segment)
+        for dropped in gone & set(self._states):
+            del self._states[dropped]
         for checkpoint in self._states.values():
             checkpoint.check_size(self.folder)
         self.steps: Sequence[StepRecord] = tuple(steps)
@@ -141,6 +146,22 @@ class Trajectory:
 
     def _nearest_names(self, step: int) -> list[int]:
         return sorted(sorted(self.checkpoints, key=lambda stored: abs(stored - step))[:6])
+
+
+def _whole(entries: list[Entry], gone: set[int], folder: Path, journal: Path) -> tuple[list[Entry], str]:
+    """Of a run whose end was not written: what precedes the first file that is not as long as it was, and its name.
+
+    Such a run may have ended with the power, and before the system had written that file to the disk.
+    """
+    for entry in entries[1:]:  # the first one's was on the disk before the run existed
+        for kind in KINDS:
+            if not entry.get(kind) or (kind == "checkpoint" and entry["stop"] in gone):
+                continue
+            ref = FileRef.of(entry[kind], journal)
+            if not ref.whole(folder):
+                lost = f"; lost from step {entry['start']} on, since {ref.name} is not whole (a failure of power?)"
+                return entries[: entries.index(entry)], lost
+    return entries, ""
 
 
 def _read_manifest(folder: Path) -> tuple[Manifest, bytes]:

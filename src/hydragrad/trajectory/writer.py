@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, final
 
 from hydragrad.errors import StoreError, message
-from hydragrad.files import dumps, read_bytes, sha256, stage, write_atomically, writing
-from hydragrad.journal import FileRef, Journal, read_journal, sealed
+from hydragrad.files import dumps, make_durable, read_bytes, sha256, stage, write_atomically, writing
+from hydragrad.journal import Entry, FileRef, Journal, read_journal, sealed
 from hydragrad.locks import Lock
-from hydragrad.trajectory.format import JOURNAL, LOCK, MANIFEST, encode_state, encode_steps
+from hydragrad.trajectory.format import JOURNAL, KINDS, LOCK, MANIFEST, encode_state, encode_steps
 from hydragrad.trajectory.keeping import encode_batches
 from hydragrad.trajectory.points import Point, encode_point
 from hydragrad.trajectory.state import Manifest, State, StepRecord
@@ -24,6 +24,9 @@ class StoreWriter:
     Order of writing: checkpoint 0, journal with its first line, manifest (from here on the run exists); then for each
     segment its steps, its checkpoint, and last the journal's line that makes them count. A state that is dropped (see
     Thinning) is first struck from the journal by a line of its own, then deleted.
+
+    Only at the end of the run all of it is made to lie on the disk: done after every segment, that would take half of
+    what recording costs. A failure of power before may cost the last files, and the run ends before them (see store).
     """
 
     def __init__(self, folder: Path, thinning: Thinning, *, overwrite: bool, resume: bool = False) -> None:
@@ -41,6 +44,7 @@ class StoreWriter:
             )
         self._journal: Journal | None = None
         self._written = 0
+        self._in_memory: list[str] = []  # files that the system may not have written to the disk
 
     @property
     def started(self) -> bool:
@@ -87,10 +91,9 @@ class StoreWriter:
     def flush(self, steps: list[StepRecord], state: State | None, batches: list[Any] | None = None) -> None:
         """Append a segment: ``steps``, the state after the last of them (None: not to be kept, or torn), batches."""
         start, stop = steps[0].index, steps[-1].index + 1
-        files = {"steps": FileRef.write(self.folder, f"steps/{start:08d}.safetensors", encode_steps(steps)).to_dict()}
+        files = {"steps": self._put(f"steps/{start:08d}.safetensors", encode_steps(steps))}
         if batches is not None:
-            name = f"batches/{start:08d}.safetensors"
-            files["batches"] = FileRef.write(self.folder, name, encode_batches(batches)).to_dict()
+            files["batches"] = self._put(f"batches/{start:08d}.safetensors", encode_batches(batches))
         self._append_with(state, {"start": start, "stop": stop, **files})
         self._written = stop
 
@@ -100,8 +103,7 @@ class StoreWriter:
 
     def point(self, point: Point) -> None:
         """Store where the loop stood at a stored state."""
-        name = f"points/{point.step:08d}.safetensors"
-        ref = FileRef.write(self.folder, name, encode_point(point)).to_dict()
+        ref = self._put(f"points/{point.step:08d}.safetensors", encode_point(point))
         self._append({"start": self._written, "stop": self._written, "steps": None, "checkpoint": None, "point": ref})
 
     def go_on(self, begun: Trajectory, step: int) -> int:
@@ -111,7 +113,7 @@ class StoreWriter:
         """
         path = self.folder / JOURNAL
         entries, written = read_journal(path, sha256(read_bytes(self.folder / MANIFEST)), MANIFEST)
-        pairs = zip(entries, written.splitlines(keepends=True), strict=True)
+        pairs = [*zip(entries, written.splitlines(keepends=True), strict=True)][: begun.lines]
         kept = [(entry, line) for entry, line in pairs if not entry.get("end") and entry["stop"] <= step]
         stored = set[int]()
         for entry, _ in kept:
@@ -123,6 +125,7 @@ class StoreWriter:
         content = b"".join([line for _, line in kept]) + line
         write_atomically(path, content)
         self._journal, self._written = Journal.after(path, content), step
+        self._in_memory = [entry[kind]["name"] for entry, _ in kept for kind in KINDS if entry.get(kind)]
         sizes = {at: (self.folder / _checkpoint_name(at)).stat().st_size for at in stored - set(gone)}
         self.thinning = self.thinning.going_on(sizes)
         return len(begun) - step
@@ -134,8 +137,13 @@ class StoreWriter:
             return
         encoded = encode_state(state)
         self._drop(self.thinning.with_room_for(state.step, len(encoded)))
-        written = FileRef.write(self.folder, _checkpoint_name(state.step), encoded)
-        self._append({**entry, "checkpoint": written.to_dict()})
+        written = self._put(_checkpoint_name(state.step), encoded)
+        try:
+            self._append({**entry, "checkpoint": written})
+        except BaseException:  # nothing says that it is there: it would lie beside the budget for ever
+            with contextlib.suppress(OSError):
+                (self.folder / written["name"]).unlink()
+            raise
         self.thinning = self.thinning.holding(state.step, len(encoded))
 
     def _drop(self, thinned: Thinning) -> None:
@@ -143,7 +151,7 @@ class StoreWriter:
         dropped = sorted(set(self.thinning.kept) - set(thinned.kept))
         if dropped:
             at = {"start": self._written, "stop": self._written, "steps": None, "checkpoint": None}
-            self._append({**at, "dropped": dropped})
+            self._append({**at, "dropped": dropped}, durable=True)
             self.thinning = thinned
             with writing(self.folder):
                 for step in dropped:
@@ -151,16 +159,31 @@ class StoreWriter:
 
     def finish(self, *, complete: bool, reason: str, skipped: list[list[int]]) -> None:
         """The journal's last line: whether the block ended normally or why not, and batches after the last step."""
+        failed: StoreError | None = None
+        try:
+            for name in self._in_memory:
+                if (self.folder / name).exists():  # else it was dropped
+                    make_durable(self.folder / name)
+        except StoreError as refused:
+            complete, reason, failed = False, reason or f"{type(refused).__name__}: {refused}", refused
         entry = {"end": True, "complete": complete, "reason": reason, "stop": self._written, "skipped": skipped}
-        self._append(entry)
+        self._append(entry, durable=True)
+        if failed is not None:
+            raise failed
 
     def close(self) -> None:
         """Give the folder free."""
         self._lock.free()
 
-    def _append(self, entry: dict[str, Any]) -> None:
+    def _put(self, name: str, data: bytes) -> dict[str, Any]:
+        """Write a file; what vouches for it in the journal."""
+        written = FileRef.write(self.folder, name, data, durable=False)
+        self._in_memory.append(name)
+        return written.to_dict()
+
+    def _append(self, entry: Entry, *, durable: bool = False) -> None:
         assert self._journal is not None
-        self._journal.append(entry)
+        self._journal.append(entry, durable=durable)
 
 
 def _checkpoint_name(step: int) -> str:
