@@ -1,5 +1,6 @@
 """Recording changes no number of a training loop, and notes what happened."""
 
+import copy
 import json
 import socket
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from tests.trajectory.loops import (
     bind,
     losses,
     make_data,
+    make_loader,
     make_model,
     params_of,
     record_run,
@@ -202,12 +204,37 @@ def test_hooks_are_gone_afterwards_also_after_an_exception(tmp_path: Path) -> No
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
     assert all(not param._post_accumulate_grad_hooks for param in model.parameters())
+    assert "_compiled_call_impl" not in model.__dict__
     trajectory = Trajectory(tmp_path / "run")
     assert not trajectory.complete
     assert "out of luck" in trajectory.reason
     assert len(trajectory) == 3
     assert trajectory.checkpoints == (0, 2, 3)
     assert_same_params(bind(tmp_path / "run").replay().params, params_of(model))
+
+
+def test_copies_of_a_model_that_is_recorded_are_on_their_own(tmp_path: Path) -> None:
+    """An average of the weights, or a file: neither keeps the recording alive, nor is it noted as the model."""
+    model = make_model()
+    optimizer, batch = sgd(model), next(iter(make_loader()))
+    with record(tmp_path / "run", model, optimizer) as recording:
+        assert not recording._described().extra["compiled"]
+        twin = copy.deepcopy(model)
+        torch.save(model, tmp_path / "model.pt")
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for other in (twin, torch.load(tmp_path / "model.pt", weights_only=False)):
+                assert "_compiled_call_impl" not in vars(other)
+                next(other.parameters()).zero_()
+                other(batch[0])
+        for batch in recording.batches(make_loader()):
+            twin(batch[0])
+            optimizer.zero_grad()
+            losses(model, batch).mean().backward()
+            optimizer.step()
+    run = bind(tmp_path / "run")
+    assert not any(cast for step in run.steps for cast in step.autocast)
+    assert verify(run).exact
+    assert_same_params(run.replay().params, params_of(model))
 
 
 class Stream(IterableDataset):

@@ -1,7 +1,7 @@
 """Watching a model while it is trained: whether it ran on a batch, under which autocast, in which modes."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -52,7 +52,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def is_compiled(model: nn.Module) -> bool:
     """By torch.compile(model) or by model.compile()."""
-    return unwrapped(model) is not model or getattr(model, "_compiled_call_impl", None) is not None
+    called = getattr(model, "_compiled_call_impl", None)
+    return unwrapped(model) is not model or (called.compiled if isinstance(called, _Seen) else called) is not None
 
 
 @final
@@ -85,8 +86,24 @@ _PLAINLY = Ran(None, None)
 
 
 @final
+class _Seen:
+    """A module's call, which says so first; in its place, where copies of the module do not take it along.
+
+    A hook would be compiled into a compiled module, and takes the longer way through torch in any other.
+    """
+
+    def __init__(self, model: nn.Module, seen: Callable[[], None]) -> None:
+        self.compiled: Callable[..., Any] | None = model.__dict__.get("_compiled_call_impl")
+        self._call, self._seen = self.compiled or model._call_impl, seen
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._seen()
+        return self._call(*args, **kwargs)
+
+
+@final
 class ModelWatch:
-    """Follows the model from batch to batch through a hook before its forward pass."""
+    """Follows the model from batch to batch: its calls are seen before they are made."""
 
     def __init__(self, model: nn.Module, plain: nn.Module, modes: Modes, device: torch.device) -> None:
         self._model, self._modes, self._device = model, modes, device
@@ -97,26 +114,16 @@ class ModelWatch:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Within: the model's calls are seen."""
-        compiled = self._model.__dict__.get("_compiled_call_impl")
-        if compiled is None:
-            handle = self._model.register_forward_pre_hook(self._called)
-            try:
-                yield
-            finally:
-                handle.remove()
-            return
-
-        def seen(*args: Any, **kwargs: Any) -> Any:  # outside the compiled code: a hook would be compiled into it
-            self._called()
-            return compiled(*args, **kwargs)
-
-        self._model.__dict__["_compiled_call_impl"] = seen
+        held, seen = self._model.__dict__, _Seen(self._model, self._called)
+        held["_compiled_call_impl"] = seen
         try:
             yield
         finally:
-            self._model.__dict__["_compiled_call_impl"] = compiled
+            held["_compiled_call_impl"] = seen.compiled
+            if seen.compiled is None:
+                del held["_compiled_call_impl"]
 
-    def _called(self, *_: Any) -> None:
+    def _called(self) -> None:
         if self._autocast is None:
             self._autocast = Autocast.now(self._device.type)
 
