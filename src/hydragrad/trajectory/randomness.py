@@ -126,25 +126,33 @@ class Seeding:
     def __init__(self) -> None:
         self._seeded: tuple[str, ...] = ("torch",)
         self._looker = Looker(_CPU, _ON_CPU)
+        self._last: Look | None = None
+
+    def __reduce__(self) -> Any:
+        return Seeding, ()  # a worker process has generators of its own
 
     def each(self, function: Callable[[Any], Any], items: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
         """``[function(item) for item in items]``; afterwards the generators are as the caller had them."""
         look = self._looker.look
-        before = look()
+        self._last = before = look(self._last)  # what nobody drew from since is not read again
+        after = None
         try:
             made = self._each(function, items, numbers)
-            if self._seeded is not _ON_CPU and set(changed(before, look(before))) - set(self._seeded):
-                self._seeded = _ON_CPU
+            after = look(before)
+            if self._seeded is not _ON_CPU and set(changed(before, after)) - set(self._seeded):
+                self._seeded, after = _ON_CPU, None
                 made = self._each(function, items, numbers)
             return made
         finally:
-            for name in changed(before, look(before)):
+            for name in changed(before, after or look(before)):
                 put(name, to_tensor(name, before.states[name]), _CPU)
 
     def _each(self, function: Callable[[Any], Any], items: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
-        made = []
+        made, many = list[Any](), self._seeded is _ON_CPU
         for item, number in zip(items, numbers, strict=True):
-            _seed(self._seeded, number)
+            torch.default_generator.manual_seed(number)
+            if many:
+                _seed(_ON_CPU[1:], number)
             made.append(function(item))
         return made
 

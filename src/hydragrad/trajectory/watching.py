@@ -145,5 +145,5 @@ class ModelWatch:
 
     def _version(self) -> list[tuple[int, int]]:
         """Changes when a buffer is written to, or another tensor takes its place."""
-        held = (buffer for part in self._holders for buffer in part._buffers.values() if buffer is not None)
+        held = [buffer for part in self._holders for buffer in part._buffers.values() if buffer is not None]
         return [(id(buffer), buffer._version) for buffer in held]
