@@ -45,19 +45,25 @@ def main() -> None:
         f"peak memory above training's: {few:.1f} MiB for N = {peaks['few']}, {many:.1f} MiB for N = {peaks['many']} "
         f"of which the result {result:.1f} MiB; without it {100 * peaks['excess']:+.1f} % (goal within 5 %)"
     )
-    long: list[dict[str, Any]] = []
+    found: dict[str, Any] = {
+        "about": {"torch": torch.__version__, "machine": platform.machine(), "threads": options.threads},
+        "speed": rows, "recording": overheads, "memory": peaks, "scale": [],
+    }  # fmt: skip
+    write(options.out, found)
     if options.steps:
         with tempfile.TemporaryDirectory() as folder:
             work = scale.works([scale.QUERIES], scale.USUAL, tiers=False, others=True)
             for row in scale.rows(Path(folder), options.steps, scale.STORED, work):
-                long.append(asdict(row))
+                found["scale"].append(asdict(row))
                 print(row, flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"torch": torch.__version__, "machine": platform.machine(), "threads": options.threads}
-    options.out.write_text(
-        json.dumps({"about": about, "speed": rows, "recording": overheads, "memory": peaks, "scale": long}, indent=1)
-    )
+                write(options.out, found)
     print(f"written to {options.out}")
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """What is known so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

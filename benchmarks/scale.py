@@ -185,7 +185,7 @@ def warm_up() -> None:
 def apart(*arguments: object) -> Row:
     """``measured`` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.scale", "--one", json.dumps(arguments, default=str)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return Row(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -211,7 +211,8 @@ def works(queries: list[int], methods: list[str], *, tiers: bool, others: bool) 
 
 
 def rows(folder: Path, steps: int, stored: str, work: list[Work]) -> Iterator[Row]:
-    """Every measurement, as they come."""
+    """Every measurement, as they come; training too with one thread, or its replay would round otherwise."""
+    torch.set_num_threads(1)
     for name, group in itertools.groupby(work, key=lambda each: each[0]):
         workload = workload_of(name, steps)
         if workload is None:
@@ -243,7 +244,6 @@ def main() -> None:
         name, folder, *rest = json.loads(options.one)
         print(json.dumps(asdict(measured(name, Path(folder), *rest))))
         return
-    torch.set_num_threads(1)
     print(f"goals: both ratios within {GOAL:.0%} of 1, resident memory below {TOTAL / 1e9:.0f} GB")
     work = works(options.queries, options.methods, tiers=options.tiers, others=options.others)
     with tempfile.TemporaryDirectory() as folder:

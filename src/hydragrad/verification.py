@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import final
 
-import torch
-
 from hydragrad.errors import MismatchError, NonFiniteError
 from hydragrad.run import Run, kept_random_state
 from hydragrad.trajectory.agreement import explain_state, state_difference, tolerance
@@ -12,6 +10,7 @@ from hydragrad.trajectory.finite import check_finite
 from hydragrad.trajectory.repeating import Nondeterminism, repeated
 from hydragrad.trajectory.replay import Replayer
 from hydragrad.trajectory.sparing import suspects
+from hydragrad.trajectory.surroundings import differing
 
 
 @final
@@ -119,18 +118,14 @@ def _repeats(step: int) -> str:
 
 def _hints(run: Run, replayer: Replayer, first: int | None) -> list[str]:
     """What is known to differ in the surroundings."""
-    manifest, hints = run.trajectory.manifest, []
-    if manifest.torch != torch.__version__:
-        hints.append(f"recorded with torch {manifest.torch}, replayed with torch {torch.__version__}")
-    if manifest.device != str(replayer.device):
-        hints.append(f"recorded on {manifest.device}, replayed on {replayer.device}")
+    hints = differing(run.trajectory.manifest, str(replayer.device))
     if any(step.random for step in run.steps):
         hints.append("random numbers were drawn inside recorded steps (and again in replay, from the same states)")
-    if manifest.extra.get("compiled"):
+    if run.trajectory.manifest.extra.get("compiled"):
         hints.append("a compiled model was trained; its replay is not compiled, and rounds otherwise")
     apart = replayer.differences.get(first, 0.0) if first is not None else 0.0
     if not hints and apart <= max(tolerance(param.dtype) for param in run.problem.model.parameters()):
-        hints.append("rounding: the loss is computed in another order, or torch uses another number of threads")
+        hints.append("rounding: the loss is computed in another order than it was")
     if apart:
         hints.insert(0, f"gradients differ from step {first} on, there by {apart:.2g} relative")
     return hints

@@ -1,6 +1,7 @@
 """The recorded steps revisited: the same moments in either direction, whatever is kept in memory or on disk."""
 
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -205,6 +206,31 @@ def test_a_sweep_that_meets_another_gradient_names_the_step(runs: dict[int, Run]
     swept = Backwards(changed.replayer(), changed.trajectory, STEPS, most, linear=linear)
     with pytest.raises(MismatchError, match=f"step {wrong} is 1.5 times larger"):
         list(swept)
+
+
+def test_a_stretch_that_drifts_is_forgotten_before_it_is_replayed_again(
+    runs: dict[int, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradients are compared in a second replay, which must not need the memory of both."""
+    run, replayed, held = runs[7], Backwards._replayed, list[list[weakref.ref[Tensor]]]()
+
+    def noted(self: Backwards, *args: Any, **options: Any) -> Any:
+        alive = [ref() is not None for gradients in held for ref in gradients]
+        held_on = 8  # the model's own and the moment handed out last: 4 tensors each
+        assert sum(alive) <= held_on, f"{sum(alive)} of {len(alive)} gradients are still held"
+        moments = replayed(self, *args, **options)
+        held.append([weakref.ref(gradient) for _, gradients, _ in moments for gradient in gradients.values()])
+        return moments
+
+    differences = iter([1e-9])  # of the first stretch's end alone
+    monkeypatch.setattr("hydragrad.trajectory.moments.state_difference", lambda *_: next(differences, 0.0))
+    monkeypatch.setattr(Backwards, "_replayed", noted)
+    swept = backwards(run, STEPS, 1000)
+    for stretch in swept.stretches():
+        for _ in stretch:
+            pass
+    assert len(held) == 5  # four stretches, the last of them twice
+    assert [drift for drift in swept.drift.values() if drift] == [1e-9]
 
 
 def test_drift_is_relative_to_each_tensor_and_infinite_for_nan() -> None:

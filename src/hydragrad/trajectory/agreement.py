@@ -36,8 +36,11 @@ def gradient_difference(recorded: Tensor, replayed: Tensor) -> float:
     return difference / norm if norm > 0 and difference == difference else float("inf")
 
 
-def explain_gradient(step: StepRecord, replayed: Tensor, unknown: int) -> str:
-    """A refusal's message for a replayed gradient that is not the recorded one, nor were perhaps ``unknown`` before."""
+def explain_gradient(step: StepRecord, replayed: Tensor, unknown: int, otherwise: Sequence[str] = ()) -> str:
+    """A refusal's message for a replayed gradient that is not the recorded one, nor were perhaps ``unknown`` before.
+
+    ``otherwise``: how this process differs from the recording's.
+    """
     assert step.fingerprint is not None
     a, b = step.fingerprint.to("cpu", torch.float64), replayed.to("cpu", torch.float64)
     ratio = float(b[0] / a[0]) if float(a[0]) else float("inf")
@@ -69,8 +72,26 @@ def explain_gradient(step: StepRecord, replayed: Tensor, unknown: int) -> str:
         summary,
         expected=f"norm {float(a[0]):.6g}, projections {float(a[1]):.6g}, {float(a[2]):.6g}",
         got=f"norm {float(b[0]):.6g}, projections {float(b[1]):.6g}, {float(b[2]):.6g}",
-        cause=cause + (_BETWEEN if step.index else ""),
+        cause="; or ".join([cause + (_BETWEEN if step.index else ""), *otherwise]),
         remedy=remedy,
+    )
+
+
+def explain_drift(step: StepRecord, difference: float, since: tuple[int, float], otherwise: Sequence[str]) -> str:
+    """A refusal's message for a gradient that rounding led away: at earlier steps it was a little different.
+
+    ``since``: the first such step and its difference; ``otherwise``: how this process differs from the recording's.
+    """
+    threads = any("thread" in words for words in otherwise)
+    return message(
+        f"the replay drifted away from the recorded run: at step {step.index} its gradient is another one",
+        expected="the recorded gradients, but for rounding",
+        got=f"off by {since[1]:.1e} (relative) at step {since[0]}, by {difference:.1e} at step {step.index}",
+        cause=("; ".join(otherwise) or "another machine, or kernels that are not deterministic")
+        + ", and a run that amplifies rounding (chaotic training); or a loss that is a little different",
+        remedy="torch.set_num_threads(...) as in the recording, before hydragrad.load"
+        if threads
+        else "replay where the run was recorded; hydragrad.verify says more",
     )
 
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from hydragrad.trajectory.format import VERSION
 from hydragrad.trajectory.sources import Watched
 from hydragrad.trajectory.state import Manifest
+from hydragrad.trajectory.surroundings import surroundings
 from hydragrad.trajectory.watching import is_compiled, unwrapped
 
 
@@ -40,7 +41,7 @@ def describe_run(
         reduction=reduction,
         checkpoint_every=checkpoint_every,
         device=str(next((p.device for p in params.values()), torch.device("cpu"))),
-        extra={"compiled": is_compiled(model)},
+        extra={"compiled": is_compiled(model), **surroundings()},
     )
 
 

@@ -180,6 +180,7 @@ class Backwards:
             if self.drift[stop] and not self._compare:
                 self._compare = True
                 first = moments[0][0]
+                del moments  # before they are made again: twice as much would not fit
                 self._compared(first.step)
                 moments = self._replayed(first, stop, compare=True)
                 del first

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from hydragrad.errors import MismatchError, NonFiniteError, message
 from hydragrad.problem import Problem
-from hydragrad.trajectory.agreement import contents, explain_data, explain_gradient, gradient_difference, tolerance
+from hydragrad.trajectory.agreement import (
+    contents,
+    explain_data,
+    explain_drift,
+    explain_gradient,
+    gradient_difference,
+    tolerance,
+)
 from hydragrad.trajectory.batches import BatchSource, to_device
 from hydragrad.trajectory.binding import lay_out
 from hydragrad.trajectory.digests import batch_digests
@@ -19,6 +26,7 @@ from hydragrad.trajectory.randomness import DrawReader, RandomState
 from hydragrad.trajectory.sparing import suspects
 from hydragrad.trajectory.state import Hyper, State, StepRecord, capture_state, live_buffers
 from hydragrad.trajectory.store import Trajectory
+from hydragrad.trajectory.surroundings import differing
 from hydragrad.trajectory.watching import autocast_as
 
 
@@ -35,6 +43,10 @@ def check_weights(weights: Tensor, length: int) -> Tensor:
     if not bool(weights.isfinite().all()):
         raise NonFiniteError(message("weights are not finite", expected="finite numbers", got="NaN or infinity"))
     return weights.detach()
+
+
+_GROWN = 1e-2
+"""Rounding that came so near to the tolerance before it passed it was growing, and no single step is at fault."""
 
 
 @final
@@ -245,7 +257,11 @@ class Replayer:
             suspected = suspects(self._trajectory.steps, step.index)
             for suspect in suspected:
                 self._look_at_data(self._trajectory.steps[suspect])
-            raise MismatchError(explain_gradient(step, replayed, len(suspected) - 1))
+            otherwise = differing(self._trajectory.manifest, str(self.device))
+            little = sorted((t, by) for t, by in self.differences.items() if t < step.index and by <= trained)
+            if any(by > _GROWN * trained for _, by in little):
+                raise MismatchError(explain_drift(step, difference, little[0], otherwise))
+            raise MismatchError(explain_gradient(step, replayed, len(suspected) - 1, otherwise))
 
     def _look_at_data(self, step: StepRecord) -> None:
         """Refuse batches without digests whose content is not the one that other steps' digests tell, if they do."""
