@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, R
 from hydragrad.attributing import attribute
 from hydragrad.errors import MismatchError, StoreError, UnsupportedError
 from hydragrad.run import Run
-from hydragrad.trajectory.augmentation import Augmented, EpochIndex
+from hydragrad.trajectory.augmentation import Augmented, EpochIndex, EpochIndices
 from hydragrad.trajectory.keeping import decode_batches, encode_batches, keep
 from hydragrad.trajectory.randomness import RandomState
 from hydragrad.trajectory.recording import record
@@ -101,6 +101,12 @@ def test_the_callers_generators_and_plain_positions(tmp_path: Path) -> None:
     assert len(data) == N
     index = pickle.loads(pickle.dumps(EpochIndex(3, 9)))
     assert (index, index.epoch, type(index)) == (3, 9, EpochIndex)
+    many = pickle.loads(pickle.dumps(EpochIndices.of([3, 0], 1)))
+    assert (many, many.epoch, type(many)) == ([3, 0], 1, EpochIndices)
+    for given, one in zip(
+        data.__getitems__(many), (3, 0), strict=True
+    ):  # a batch's examples are those asked for singly
+        assert torch.equal(given[0], data[EpochIndex(one, 1)][0])
 
 
 def test_augmentation_below_another_data_set_is_refused(tmp_path: Path) -> None:

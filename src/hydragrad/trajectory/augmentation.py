@@ -1,7 +1,8 @@
 """Random augmentation that comes out the same whenever the same example is asked for in the same epoch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import repeat
 from typing import Any, final
 
 from torch.utils.data import Dataset
@@ -23,6 +24,19 @@ class EpochIndex(int):
 
     def __reduce__(self) -> Any:
         return EpochIndex, (int(self), self.epoch)
+
+
+@final
+class EpochIndices(list[int]):
+    """Positions of a batch's examples, with their epoch: one object for all, made in a moment."""
+
+    epoch: int = 0
+
+    @staticmethod
+    def of(positions: Sequence[Any], epoch: int) -> "EpochIndices":
+        made = EpochIndices([int(position) for position in positions])
+        made.epoch = epoch
+        return made
 
 
 @final
@@ -48,13 +62,17 @@ class Augmented(Dataset):
         if not isinstance(index, (list, tuple)):
             return self.__getitems__([index])[0]
         positions = [int(i) % len(self) for i in index]
-        with seeded("augmented", self.seed, getattr(index[0], "epoch", 0) if index else 0, positions):
+        with seeded("augmented", self.seed, getattr(index, "epoch", 0), positions):
             return self.dataset[positions]
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
         """The examples one by one; a DataLoader asks for a batch so, and the generators are put back once for all."""
         positions, length = [int(index) for index in indices], len(self)
-        bases = [_base(self.seed, getattr(index, "epoch", 0)) for index in indices]
+        bases: Iterable[int] = (
+            repeat(_base(self.seed, indices.epoch), len(positions))
+            if isinstance(indices, EpochIndices)
+            else [_base(self.seed, getattr(index, "epoch", 0)) for index in indices]
+        )
         numbers = [(base + position % length * _ODD) % 2**64 for base, position in zip(bases, positions, strict=True)]
         return self._seeding.each(lambda position: self.dataset[position], positions, numbers)
 
@@ -74,7 +92,7 @@ def in_epoch(data: Any, index: Any, epoch: int) -> Any:
         return index
     if isinstance(index, int):
         return EpochIndex(index, epoch)
-    return [EpochIndex(int(i), epoch) for i in index]
+    return EpochIndices.of(index, epoch)
 
 
 def refuse_hidden(data: Any) -> None:

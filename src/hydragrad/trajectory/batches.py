@@ -61,7 +61,7 @@ class BatchSource:
         asked = in_epoch(self._data, list(ids), epoch)
         try:
             if self._mode == "index":
-                return self._collate(self._data[asked[0]])
+                return self._collate(self._data[in_epoch(self._data, ids[0], epoch)])
             if self._mode == "indices":
                 return self._collate(self._data[asked])
             many = getattr(self._data, "__getitems__", None)
