@@ -52,9 +52,13 @@ class FileRef:
         return asdict(self)
 
     def whole(self, folder: Path) -> bool:
-        """Whether the file is there, as long as it was written."""
-        path = folder / self.name
-        return path.is_file() and path.stat().st_size == self.size
+        """Whether the file is there, as long as it was written; what cannot be looked at is for ``check_size``."""
+        try:
+            return (folder / self.name).stat().st_size == self.size
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True
 
     def check_size(self, folder: Path) -> None:
         """Refuse a missing or truncated file, or a link out of the folder, by name (cheap: nothing is read)."""

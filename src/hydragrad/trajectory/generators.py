@@ -1,5 +1,6 @@
 """The random generators one by one (torch's, numpy's, Python's): looked at cheaply, as bytes, and set."""
 
+import ctypes
 import random
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -71,7 +72,8 @@ def _keeps_a_normal(name: str, state: Any) -> bool:
 
 
 def _torch_now() -> bytes:
-    return torch.default_generator.get_state().numpy().tobytes()
+    state = torch.default_generator.get_state()
+    return ctypes.string_at(state.data_ptr(), state.numel())  # by way of numpy it takes three times as long
 
 
 def _cuda_now(device: torch.device) -> bytes:
