@@ -102,6 +102,23 @@ def test_a_kept_normal_number_that_goes_is_a_draw() -> None:
         assert set(drawn[0]) == {"numpy"}
 
 
+def test_a_twister_that_takes_the_place_of_numpys_is_followed() -> None:
+    watch, module = RandomWatch(CPU), np.random
+    before: Any = module.get_bit_generator()  # type: ignore[attr-defined]
+    try:
+        for seed in (1, 2):
+            watch.begin()
+            assert watch.end() is None
+            module.set_bit_generator(np.random.MT19937(seed))  # type: ignore[attr-defined]
+            watch.begin()
+            np.random.rand()
+            drawn = watch.end()
+            assert drawn is not None
+            assert set(drawn[0]) == {"numpy"}
+    finally:
+        module.set_bit_generator(before)  # type: ignore[attr-defined]
+
+
 def test_draws_that_bring_a_twister_back_to_its_place_are_seen() -> None:
     watch = RandomWatch(CPU)
     whole_turns: dict[str, Callable[[], Any]] = {

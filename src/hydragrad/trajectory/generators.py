@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 
 from hydragrad.errors import UnsupportedError, message
-from hydragrad.trajectory.marks import (
-    TORCH_KEPT,
-    WORDS,
-    numpy_mark,
-    python_mark,
-    python_state,
-    torch_mark,
-)
+from hydragrad.trajectory.marks import TORCH_KEPT, WORDS, python_state, read, told
 
 GENERATORS = ("torch", "cuda", "numpy", "python")
 
@@ -27,10 +20,15 @@ GENERATORS = ("torch", "cuda", "numpy", "python")
 @final
 @dataclass(frozen=True)
 class Look:
-    """Generators at one moment: their states, comparable by ``==``, and marks that move with every draw (or None)."""
+    """Generators at one moment: their states, comparable by ``==``, and marks that move with every draw.
+
+    ``read``: the numbers that the marks come from; ``sure``: all of them tell.
+    """
 
     states: Mapping[str, Any]
-    marks: list[Any]
+    marks: Mapping[str, Any]
+    read: tuple[Any, ...]
+    sure: bool
 
 
 @final
@@ -39,24 +37,26 @@ class Looker:
 
     def __init__(self, device: torch.device, names: Sequence[str]) -> None:
         self.names, self._device = tuple(names), device
-        marks = {"torch": torch_mark, "numpy": numpy_mark, "python": python_mark, "cuda": lambda: _cuda_now(device)}
-        self._marks = [marks[name] for name in names]
+        self._cuda = "cuda" in self.names
 
     def look(self, before: Look | None = None) -> Look:
         """The generators now; ``before``: an earlier look, itself given back if nothing was drawn since."""
-        marks = [mark() for mark in self._marks]
-        if before is not None and marks == before.marks and None not in marks:
+        numbers = read()
+        if self._cuda:
+            numbers = (*numbers, _cuda_now(self._device))
+        if before is not None and before.sure and numbers == before.read:
             return before
-        states, known = ({}, [None] * len(marks)) if before is None else (before.states, before.marks)
+        states, known = ({}, {}) if before is None else (before.states, before.marks)
+        marks = told(numbers[:4]) | ({"cuda": numbers[4]} if self._cuda else {})
         now = {}
-        for k, name in enumerate(self.names):
-            if marks[k] is not None and marks[k] == known[k]:
+        for name in self.names:
+            if marks[name] is not None and marks[name] == known.get(name):
                 now[name] = states[name]
             else:
                 now[name] = _STATES[name](self._device)
                 if _keeps_a_normal(name, now[name]):
-                    marks[k] = None
-        return Look(now, marks)
+                    marks[name] = None
+        return Look(now, marks, numbers, all(marks[name] is not None for name in self.names))
 
 
 def changed(before: Look, after: Look) -> list[str]:
