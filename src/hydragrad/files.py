@@ -199,10 +199,10 @@ def seal(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return sha256(b"\n".join(parts))
 
 
-def save_tensors(tensors: dict[str, Tensor], tables: dict[str, Any]) -> bytes:
-    """Named tensors and JSON tables as one safetensors file."""
+def save_tensors(tensors: dict[str, Tensor], tables: dict[str, Any] | str) -> bytes:
+    """Named tensors and tables (or their JSON, as ``dumps`` makes it) as one safetensors file."""
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    return safetensors_save(plain, {"tables": dumps(tables)})
+    return safetensors_save(plain, {"tables": tables if isinstance(tables, str) else dumps(tables)})
 
 
 def load_tensors(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:

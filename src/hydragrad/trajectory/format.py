@@ -108,7 +108,8 @@ def encode_steps(steps: list[StepRecord]) -> bytes:
     tensors["scales"] = torch.tensor([math.nan if s.scale is None else s.scale for s in steps], dtype=torch.float64)
     tables = {"groups": groups, "without_grad": without, "modes": modes, "clips": clips}
     tables |= {"frozen": frozen, "autocast": autocast}
-    return save_tensors(tensors, {name: table.rows for name, table in tables.items()})
+    rows = ",".join([f'"{name}":{table.json()}' for name, table in tables.items()])
+    return save_tensors(tensors, f"{{{rows}}}")
 
 
 def decode_steps(path: Path, data: bytes) -> list[StepRecord]:

@@ -20,8 +20,7 @@ class Table:
     """Distinct rows in order of appearance."""
 
     def __init__(self) -> None:
-        self.rows: list[Any] = []
-        self._places: dict[str, int] = {}
+        self._places: dict[str, int] = {}  # of a row's JSON
         self._last: tuple[Any, int] = (_NEVER, -1)
 
     def place(self, row: Any, plain: Callable[[Any], Any] = lambda row: row) -> int:
@@ -32,11 +31,11 @@ class Table:
         return self._last[1]
 
     def _placed(self, row: Any) -> int:
-        key = dumps(row)
-        if key not in self._places:
-            self._places[key] = len(self.rows)
-            self.rows.append(row)
-        return self._places[key]
+        return self._places.setdefault(dumps(row), len(self._places))
+
+    def json(self) -> str:
+        """All rows."""
+        return f"[{','.join(self._places)}]"
 
 
 def encode_digests(digests: Sequence[Tensor | None], name: str) -> dict[str, Tensor]:
