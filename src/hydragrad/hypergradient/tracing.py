@@ -22,6 +22,7 @@ from hydragrad.step.objective import Point, Vectors
 
 _MOST_GRAPHS = 16
 """Shapes traced per function; beyond these (ragged batches) it runs untraced."""
+_PARTS = 8
 _RARE = 100
 """The first form is traced at once, others when seen this often: tracing takes as long as a hundred plain calls.
 
@@ -40,12 +41,19 @@ class TracedFunction:
     ``linear``: how many of the last inputs the function is linear in, all together (an engine's block of vectors; 0:
     none). What does not depend on these is then computed once for all calls that come with the same object ``at``.
     ``outer``: results that are outer products come as their ``Factors`` where a graph computes them.
+    ``plain``: computes the same where no graph does, and what a graph is compared with (None: ``function``).
     """
 
     def __init__(
-        self, function: Callable[..., Any], *, compile: bool = False, linear: int = 0, outer: bool = False
+        self,
+        function: Callable[..., Any],
+        *,
+        compile: bool = False,
+        linear: int = 0,
+        outer: bool = False,
+        plain: Callable[..., Any] | None = None,
     ) -> None:
-        self.function = function
+        self.function, self.plain = function, plain or function
         self.compile, self.settled, self.linear, self.outer = compile, False, linear, outer
         self._seen: dict[Any, int] = {}
         self._untraceable: set[Any] = set()
@@ -64,7 +72,7 @@ class TracedFunction:
             self._seen[key] = self._seen.get(key, 0) + 1
             rare = self._graphs and (self.settled or self._seen[key] < _RARE)
             if rare or not self._learn(key, inputs, tensors):
-                return self.function(*inputs)
+                return self.plain(*inputs)
         graph, form = self._graphs[key]
         with torch.no_grad():
             if not isinstance(graph, Halves):
@@ -91,7 +99,7 @@ class TracedFunction:
                 raise
             made = None
         # only the first graph is compared by whoever chooses the engine
-        if made is None or (self._graphs and not self._agrees(made, tensors, self.function(*inputs))):
+        if made is None or (self._graphs and not self._agrees(made, tensors, self.plain(*inputs))):
             self._untraceable.add(key)  # what this form does in Python stays there: other modes, other layers
             return False
         self._graphs[key] = made
@@ -148,7 +156,7 @@ class Traced(Engine):
         super().__init__(engine.objective)
         self.engine = engine
         self.method = engine.method  # type: ignore[misc]  # the forward sweep asks which curvature this is
-        self.function = TracedFunction(self._products, compile=compile, linear=2)
+        self.function = TracedFunction(self._products, compile=compile, linear=2, plain=self._in_parts)
 
     def products(self, point: Point, gam: Vectors, bet: Vectors = ()) -> Products:
         return self.function(self.objective.mode, _parts(point), gam, bet, at=point)
@@ -163,6 +171,15 @@ class Traced(Engine):
 
     def _products(self, mode: int, given: tuple[Any, ...], gam: Vectors, bet: Vectors) -> Products:
         return self.engine.products(Point(*given), gam, bet)
+
+    def _in_parts(self, mode: int, given: tuple[Any, ...], gam: Vectors, bet: Vectors) -> Products:
+        """A part of the block after the other: untraced, all at once takes several times the memory that is planned."""
+        parts = zip(*(x.split(max(2, -(-len(x) // _PARTS))) for x in (*gam, *bet)), strict=True)
+        found = [self._products(mode, given, part[: len(gam)], part[len(gam) :]) for part in parts]
+        if len(found) == 1:
+            return found[0]
+        flat = [pytree.tree_flatten(one) for one in found]
+        return pytree.tree_unflatten([torch.cat(same) for same in zip(*(x for x, _ in flat), strict=True)], flat[0][1])
 
     def __repr__(self) -> str:
         return f"<{self.engine.method} engine {self.engine.name}, {'compiled' if self.function.compile else 'traced'}>"
