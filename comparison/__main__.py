@@ -63,7 +63,9 @@ def run(job: Job, folder: Path, out: Path, limit: float, threads: int) -> dict[s
         return {"status": "too slow", "reason": f"no answer within {_PATIENCE * limit:.0f} s by the clock"}
     result = out.with_suffix(".json")
     if done.returncode or not result.is_file():
-        return {"status": "failed", "reason": " ".join(done.stderr.strip().splitlines()[-1:])[:300]}
+        last = " ".join(done.stderr.replace("\x1b[A", "").strip().splitlines()[-1:])[:300]
+        killed = f"killed by signal {-done.returncode}, perhaps for want of memory: " if done.returncode < 0 else ""
+        return {"status": "failed", "reason": killed + last}
     return json.loads(result.read_text())
 
 
