@@ -35,8 +35,8 @@ def test_a_killed_training_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch
 
     assert ended(fork(work)) == 9
     printed = run("train", TASK, "--out", "runs/small", "--resume", "--checkpoint-every", "2").output
-    # from 2 where the segment up to 4 was still being written
-    assert re.search(r"gone on from step [24]; 0 recorded steps after it were taken again", printed)
+    # from 2 where the segment up to 4, or the loop's place there, was still being written
+    assert re.search(r"gone on from step (4; 0|2; 0|2; 2) recorded steps after it were taken again", printed)
     assert "recorded 6 steps in runs/small" in printed
     refused = run("train", TASK, "--out", "runs/small", "--resume", "--checkpoint-every", "2", code=1)
     assert "is finished" in refused.output

@@ -1,5 +1,6 @@
 """States on disk within a budget: evenly spaced however long the run, struck from the journal before they go."""
 
+import contextlib
 import itertools
 import os
 from pathlib import Path
@@ -56,7 +57,11 @@ def test_without_a_limit_everything_stays() -> None:
 
 
 def stored_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("checkpoints/*"))
+    total = 0
+    for path in folder.glob("checkpoints/*"):
+        with contextlib.suppress(FileNotFoundError):  # renamed or dropped meanwhile, beside the training
+            total += path.stat().st_size
+    return total
 
 
 @pytest.fixture(scope="module")

@@ -178,8 +178,9 @@ class Traced(Engine):
         found = [self._products(mode, given, part[: len(gam)], part[len(gam) :]) for part in parts]
         if len(found) == 1:
             return found[0]
-        flat = [pytree.tree_flatten(one) for one in found]
-        return pytree.tree_unflatten([torch.cat(same) for same in zip(*(x for x, _ in flat), strict=True)], flat[0][1])
+        curved, terms, back = zip(*found, strict=True)
+        whole = tuple(torch.cat(same) for same in zip(*back, strict=True))
+        return None if curved[0] is None else tuple(map(torch.cat, zip(*curved, strict=True))), torch.cat(terms), whole
 
     def __repr__(self) -> str:
         return f"<{self.engine.method} engine {self.engine.name}, {'compiled' if self.function.compile else 'traced'}>"
