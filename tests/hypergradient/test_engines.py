@@ -142,6 +142,33 @@ def test_rare_forms_run_untraced():
     assert len(calls) == 2 + _RARE  # untraced until no longer rare, once to trace, once to compare
 
 
+@pytest.mark.parametrize("engine", [exact.ForwardOverReverse, gauss_newton.JvpThenVjp, hessian_free.Jvp])
+def test_a_rare_form_is_untraced_a_part_of_the_block_at_a_time(sweep, point, engine, monkeypatch):
+    """All at once it would take several times the memory of the graph that was planned with."""
+    made, real, sizes = engine(sweep.objective), engine.products, list[int]()
+    traced = Traced(made)
+    traced.prepare(point, probe_block(point, 20))
+
+    def noted(self: Engine, point: Point, gam: Vectors, bet: Vectors = ()) -> Products:
+        sizes.append(len(gam[0]))
+        return real(self, point, gam, bet)
+
+    monkeypatch.setattr(engine, "products", noted)
+    few = replace(
+        point,
+        batch=pytree.tree_map(lambda x: x[:2], point.batch),
+        coefficients=point.coefficients[:2],
+        weights=point.weights[:2],
+    )
+    gam = probe_block(few, 20)
+    found = traced.products(few, gam)
+    assert sizes == [3, 3, 3, 3, 3, 3, 2]
+    expected = real(made, few, gam)
+    assert (found[0] is None) == (expected[0] is None)
+    for x, y in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+        assert_close(x, y, SAME) if y is not None else None
+
+
 def test_a_later_forms_graph_that_computes_something_else_is_not_used(monkeypatch):
     real = TracedFunction._trace
 
