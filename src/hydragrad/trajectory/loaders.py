@@ -21,7 +21,7 @@ Ids = Tensor | array.array
 """Of a batch: int64 [b]; as an array where there is no time for a tensor yet."""
 
 
-def to_tensor(ids: Ids) -> Tensor:
+def id_tensor(ids: Ids) -> Tensor:
     """int64 [b]."""
     return ids if isinstance(ids, Tensor) else torch.frombuffer(ids, dtype=torch.int64)
 

@@ -11,7 +11,7 @@ from hydragrad.step.clipping import Clip
 from hydragrad.trajectory.claims import PendingBatch
 from hydragrad.trajectory.clips import ClipNotes
 from hydragrad.trajectory.fingerprints import GradientFingerprint, Reading
-from hydragrad.trajectory.loaders import to_tensor
+from hydragrad.trajectory.loaders import id_tensor
 from hydragrad.trajectory.optimizers import HyperNotes
 from hydragrad.trajectory.randomness import Draw, DrawWriter
 from hydragrad.trajectory.sparing import fingerprinted
@@ -120,7 +120,7 @@ class StepNotes:
                 draw = self._draws.draw(one.drawn)
                 self._draws.forget()  # what the loop drew before it asked for the next batch is not this one's
                 passes.append(
-                    Pass(to_tensor(one.ids), one.digests, one.epoch, k, one.ran.modes, one.ran.autocast, draw)
+                    Pass(id_tensor(one.ids), one.digests, one.epoch, k, one.ran.modes, one.ran.autocast, draw)
                 )
             if batch is not None:
                 draws.append(self._draws.draw(batch.drawn))
@@ -128,7 +128,7 @@ class StepNotes:
 
 
 def _record(step: Noted, fingerprint: Tensor | None) -> StepRecord:
-    noted = [(to_tensor(b.ids), b.digests, b.epoch, b.loader, b.ran and b.ran.autocast) for b in step.batches]
+    noted = [(id_tensor(b.ids), b.digests, b.epoch, b.loader, b.ran and b.ran.autocast) for b in step.batches]
     ids, digests, epochs, loaders, autocast = zip(*noted, strict=True)
     return StepRecord(
         index=step.number,
@@ -141,7 +141,7 @@ def _record(step: Noted, fingerprint: Tensor | None) -> StepRecord:
         modes=step.modes,
         epochs=epochs,
         loaders=loaders,
-        skipped=tuple([to_tensor(batch.ids) for batch in step.skipped]),
+        skipped=tuple([id_tensor(batch.ids) for batch in step.skipped]),
         draws=step.draws,
         clips=step.clips,
         scale=step.scale,

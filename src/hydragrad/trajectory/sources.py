@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hydragrad.errors import MismatchError, UnsupportedError, message
-from hydragrad.trajectory.loaders import Ids, WatchedBatches, WatchedLoader, to_tensor
+from hydragrad.trajectory.loaders import Ids, WatchedBatches, WatchedLoader, id_tensor
 from hydragrad.trajectory.points import LoaderPoint, Point
 from hydragrad.trajectory.randomness import RandomState
 
@@ -124,7 +124,7 @@ class Sources:
         _set_own(watched, progress.own)
         watched.begin(progress.passes - 1)
         batches = iter(watched)
-        passed = [to_tensor(ids) for ids, _ in islice(batches, ahead)]
+        passed = [id_tensor(ids) for ids, _ in islice(batches, ahead)]
         last = self._last.get(place)
         if len(passed) < ahead or (last is not None and not any(torch.equal(ids, last) for ids in passed)):
             raise MismatchError(
