@@ -84,6 +84,32 @@ def test_a_wrong_second_derivative_is_found(tmp_path):
     assert error_of(wrong, "hessian-free") < 1e-6  # its first derivative is right
 
 
+SEEN: list[int] = []
+
+
+class Counted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        SEEN.append(len(x))
+        return x
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+def test_a_few_examples_of_a_large_batch_are_enough(tmp_path, dropping):
+    for wrong in (False, True):
+        layers = [nn.Linear(4, 6), Counted(), Sinh(wrong), nn.Dropout(0.3 if dropping else 0.0), nn.Linear(6, 3)]
+        model = nn.Sequential(*layers).double()
+        epochs = [[[list(range(12))]]] * 2
+        groups = [([name for name, _ in model.named_parameters()], {"lr": 0.01})]
+        recipe = recipe_of(PROBLEM, hyper={"lr": 0.01}, steps=[s for e in epochs for s in e])
+        recipe = replace(recipe, model=model, groups=groups)
+        sweep = Sweep.of(recorded(recipe, tmp_path / f"run {wrong}", epochs))
+        SEEN.clear()
+        found = error_of(sweep, "exact")
+        assert (found > 0.01) == wrong, found
+        assert SEEN.count(12) <= 3  # the step replayed and its losses' shape; then 8
+        assert SEEN.count(8) >= 3
+
+
 @pytest.mark.parametrize("check", [False, True])
 def test_a_wrong_second_derivative_makes_scores_doubtful(tmp_path, check):
     """The small learning rate hides it from retraining: five examples removed are predicted well all the same."""

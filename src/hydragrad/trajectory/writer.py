@@ -25,7 +25,7 @@ class StoreWriter:
     segment its steps, its checkpoint, and last the journal's line that makes them count. A state that is dropped (see
     Thinning) is first struck from the journal by a line of its own, then deleted.
 
-    Only at the end of the run all of it is made to lie on the disk: done after every segment, that would take half of
+    Only at the end of the run all of it is made to lie on the disk: done after every segment, that takes a sixth of
     what recording costs. A failure of power before may cost the last files, and the run ends before them (see store).
     """
 
@@ -140,7 +140,7 @@ class StoreWriter:
         written = self._put(_checkpoint_name(state.step), encoded)
         try:
             self._append({**entry, "checkpoint": written})
-        except BaseException:  # nothing says that it is there: it would lie beside the budget for ever
+        except StoreError:  # nothing says that it is there: it would lie beside the budget for ever
             with contextlib.suppress(OSError):
                 (self.folder / written["name"]).unlink()
             raise
