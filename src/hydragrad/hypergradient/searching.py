@@ -55,6 +55,8 @@ class Search:
         self.seconds: dict[tuple[str, int], float] = memo.setdefault("seconds", {})
         self.settled: set[Any] = memo.setdefault("settled", set())
         self.refused: dict[str, str] = memo.setdefault("refused", {})
+        # what trying costs and what it took so far: or every later call would try a little more
+        self.spent: dict[str, float] = memo.setdefault("spent", {"preparing": _TRACING_SECONDS, "before": 0.0})
 
     @property
     def reasons(self) -> list[str]:
@@ -64,7 +66,7 @@ class Search:
         """The fastest found; blocks of at most ``widest`` (or ``fixed``), engines that hold at most ``held`` bytes."""
         self.total, self.queries, self.held = queries, min(queries, widest), held
         self.fixed = min(fixed, queries) if fixed else None
-        self.began, self.preparing = time.perf_counter(), _TRACING_SECONDS
+        self.began = time.perf_counter()
         first = self.fixed or self._balanced(_START)
         self.found = self._reference(first)
         share = _FIRST_SHARE
@@ -74,6 +76,7 @@ class Search:
                 share = _SHARE
         self._climb(first)
         self._compiled(compile)
+        self.spent["before"] += time.perf_counter() - self.began
         return self.found
 
     def _ranked(self, first: int) -> Iterator[tuple[Engine | ScaledEngine, int]]:
@@ -190,12 +193,12 @@ class Search:
     def _cost(self, engine: Engine | ScaledEngine, size: int) -> float:
         """Expected seconds of trying: to prepare its graph, and four products."""
         prepared = isinstance(_inner(engine), Engine) and not isinstance(_inner(engine), (Traced, OutputJacobian))
-        return (0.0 if prepared else self.preparing) + 4 * size * self.found.per_query
+        return (0.0 if prepared else self.spent["preparing"]) + 4 * size * self.found.per_query
 
     def _pays(self, seconds: float, share: float | None = None) -> bool:
         """Whether another ``seconds`` of measuring are small against what is still to be done."""
         share = _SHARE if share is None else share
-        spent = time.perf_counter() - self.began
+        spent = self.spent["before"] + time.perf_counter() - self.began
         return spent + seconds < share * self.steps * self.total * self.found.per_query
 
     def _kept(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -236,7 +239,7 @@ class Search:
             self.refused[name] = f"{name} disagrees with plain autograd here and is not used"
             return
         self.seconds[name, size] = self._block_seconds(engine, gam)
-        self.preparing = min(max(prepared - self.seconds[name, size], 0.01), 10.0)
+        self.spent["preparing"] = min(max(prepared - self.seconds[name, size], 0.01), 10.0)
 
     def _block_seconds(self, engine: Engine | ScaledEngine, gam: Vectors) -> float:
         """Seconds of one block, with its share of what the engine computes once a point for all of a step's blocks."""
