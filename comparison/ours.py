@@ -23,8 +23,8 @@ def _attributed(method: str, **settings: Any) -> Callable[[Folder], Answer]:
     return attributed
 
 
-def _smoothed(folder: Folder) -> Answer:
-    return _attributed("exact", smoothing=TASKS[folder.about.task].smoothing)(folder)
+def _smoothed(method: str) -> Callable[[Folder], Answer]:
+    return lambda folder: _attributed(method, smoothing=TASKS[folder.about.task].smoothing)(folder)
 
 
 def _baseline(method: Callable[..., hg.Attribution], **settings: object) -> Callable[[Folder], Answer]:
@@ -62,7 +62,8 @@ Methods = dict[str, Callable[[Folder], Answer]]
 HYPERGRADIENTS: Methods = {
     "exact": _attributed("exact"),
     "exact-unchecked": _attributed("exact", check=False),
-    "smoothed": _smoothed,
+    "smoothed": _smoothed("exact"),
+    "smoothed-gauss-newton": _smoothed("gauss-newton"),
     "gauss-newton": _attributed("gauss-newton"),
     "hessian-free": _attributed("hessian-free"),
 }

@@ -6,7 +6,7 @@ from typing import Any
 from comparison.exchange import write_text
 from comparison.figure import figure
 from comparison.results import ROOT, load
-from comparison.table import costs, findings, summary, table
+from comparison.table import among_all, costs, findings, summary, table
 
 WORDS = Path(__file__).parent / "page.md"
 PAGE = ROOT / "docs" / "comparison.md"
@@ -20,6 +20,7 @@ def page(results: dict[str, Any]) -> str:
         "machines": machines(results["machines"]),
         "summary": summary(tasks),
         "findings": findings(tasks),
+        "among_all": among_all(tasks),
         "costs": costs(tasks),
         "tables": "\n".join(table(name, task) for name, task in tasks.items()),
     }

@@ -1,11 +1,15 @@
 """The results as markdown: a table a task, and one over all tasks."""
 
+import re
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from comparison.results import ORDER, kind_of
 
 Rows = list[dict[str, Any]]
+Rivals = Callable[[str, str], bool]
+"""Whether the first is to be compared with the second."""
 
 COLUMNS = {
     "loo": "LOO",
@@ -19,6 +23,8 @@ COLUMNS = {
     "peak_mib": "memory, MiB",
 }
 _COSTS = ("ratio", "peak_mib")
+_SOLVED = 0.1
+"""Relative residual above which a linear system is told as unsolved."""
 SAME_DERIVATIVE, UNCHECKED = "bergson-magic", "exact-unchecked"
 
 
@@ -67,10 +73,21 @@ def table(name: str, task: dict[str, Any]) -> str:
             for row in rows
             if row["status"] != "ok"
         ]
+    silent += _unsolved(task["methods"])
     absent = [method for method in ORDER if method not in task["methods"]]
     if absent:
         silent.append(f"- not run on this task: {', '.join(absent)}")
     return "\n".join([f"### {name}", "", _facts(task), "", *lines, *(["", *silent] if silent else []), ""])
+
+
+def _unsolved(methods: dict[str, Rows]) -> list[str]:
+    """Methods whose linear systems were left unsolved, and by how much at worst."""
+    found: list[str] = []
+    for method, rows in methods.items():
+        left = [float(x) for row in rows for x in re.findall(r"relative residual of ([\d.e+-]+)", row.get("note", ""))]
+        if left and max(left) > _SOLVED:
+            found.append(f"- {method}: its linear systems were left at a relative residual of {max(left):.2g}")
+    return found
 
 
 def _facts(task: dict[str, Any]) -> str:
@@ -124,29 +141,66 @@ _CLAIMS = (
     ("wrong labels, recall in the first tenth", "el2n", "self.recall", 3),
     ("wrong labels, recall in the first tenth", "ensemble", "self.recall", 3),
 )
+_AMONG_ALL = (("LDS 10 %", "smoothed", "lds_10", 2), ("LDS 30 %", "smoothed", "lds_30", 2))
 
 
 def findings(tasks: dict[str, Any]) -> str:
     """In words: where hydragrad's method is first among all that is not hydragrad's (MAGIC left out), where not."""
-    lines = []
-    for what, method, column, digits in _CLAIMS:
-        first, behind = [], []
-        for name, task in tasks.items():
-            own, (other, value) = mean(task["methods"].get(method, []), column), best_of(task["methods"], column)
-            if own is None or value is None:  # nothing to compare
-                continue
-            if own >= value:
-                first.append(name)
-            else:
-                behind.append(f"{name} ({other} {value:.{digits}f} against {own:.{digits}f})")
-        if first or behind:
-            parts = [
-                f"first on {', '.join(first)}" if first else "",
-                f"not first on {', '.join(behind)}" if behind else "",
-            ]
-            words = "; ".join(part for part in parts if part)
-            lines.append(f"- **{what}**: `{method}` is {words}.")
-    return "\n".join(lines)
+    return "\n".join(_finding(tasks, *claim, _others) for claim in _CLAIMS if _judged(tasks, *claim[1:3], _others))
+
+
+def among_all(tasks: dict[str, Any]) -> str:
+    """The same with hydragrad's own methods and MAGIC among the rivals."""
+    return "\n".join(_finding(tasks, *claim, _all) for claim in _AMONG_ALL if _judged(tasks, *claim[1:3], _all))
+
+
+def _finding(tasks: dict[str, Any], what: str, method: str, column: str, digits: int, rivals: Rivals) -> str:
+    first, behind = [], []
+    for name, verdict in _judged(tasks, method, column, rivals).items():
+        if verdict is None:
+            first.append(name)
+        else:
+            rival, theirs, own, seeds = verdict
+            over = f", {seeds} seeds" if seeds > 1 else ", one seed"
+            behind.append(f"{name} ({rival} {theirs:.{digits}f} against {own:.{digits}f}{over})")
+    words = [f"{start} on {', '.join(found)}" for start, found in (("first", first), ("not first", behind)) if found]
+    return f"- **{what}**: `{method}` is {'; '.join(words)}."
+
+
+def _judged(
+    tasks: dict[str, Any], method: str, column: str, rivals: Rivals
+) -> dict[str, tuple[str, float, float, int] | None]:
+    """For each task with a comparison: None where nobody is ahead, else who is furthest, and both means.
+
+    Two methods are compared on the seeds that both were run on: a seed's run is easy or hard for all alike.
+    """
+    found: dict[str, tuple[str, float, float, int] | None] = {}
+    for name, task in tasks.items():
+        own = by_seed(task["methods"].get(method, []), column)
+        pairs = {rival: by_seed(rows, column) for rival, rows in task["methods"].items() if rivals(rival, method)}
+        both = {rival: sorted(own.keys() & theirs.keys()) for rival, theirs in pairs.items()}
+        means = {
+            rival: (statistics.mean(pairs[rival][s] for s in seeds), statistics.mean(own[s] for s in seeds), len(seeds))
+            for rival, seeds in both.items()
+            if seeds
+        }
+        if means:
+            ahead = max(means, key=lambda rival: means[rival][0] - means[rival][1])
+            found[name] = (ahead, *means[ahead]) if means[ahead][0] > means[ahead][1] else None
+    return found
+
+
+def by_seed(rows: Rows, column: str) -> dict[int, float]:
+    return {row["seed"]: row[column] for row in rows if values([row], column)}
+
+
+def _others(rival: str, _: str) -> bool:
+    """What is not hydragrad's, MAGIC left out: it is the same derivative as `exact`."""
+    return kind_of(rival) != "hydragrad" and rival != SAME_DERIVATIVE
+
+
+def _all(rival: str, method: str) -> bool:
+    return rival not in (method, UNCHECKED)
 
 
 def best(methods: dict[str, Rows], column: str) -> str:
@@ -156,12 +210,11 @@ def best(methods: dict[str, Rows], column: str) -> str:
 
 
 def best_of(methods: dict[str, Rows], column: str) -> tuple[str, float | None]:
-    """The best mean of what is not hydragrad's, MAGIC left out: it is the same derivative as `exact`."""
+    """The best mean of the others, each over its own seeds."""
     found = {
         method: value
         for method, rows in methods.items()
-        if kind_of(method) != "hydragrad" and method != SAME_DERIVATIVE
-        if (value := mean(rows, column)) is not None
+        if _others(method, "") and (value := mean(rows, column)) is not None
     }
     first = max(found, key=found.__getitem__, default="")
     return first, found.get(first)

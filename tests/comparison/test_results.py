@@ -10,7 +10,7 @@ import pytest
 from comparison import results as kept
 from comparison.adding import added
 from comparison.page import PAGE, PICTURE, page
-from comparison.table import cell, costs, findings, summary, table
+from comparison.table import among_all, cell, costs, findings, summary, table
 from comparison.tasks import TASKS
 
 NAME = "breast-cancer"
@@ -63,7 +63,7 @@ def test_the_table_averages_seeds_and_names_the_silent_and_the_absent():
     assert "| **exact** | 0.60 ± 0.14 |  | 0.30 ± 0.00 |  |  |  |  | 20 x |  | 2 / 0 |" in text
     assert "| tracin | 0.20 |  | 0.40 |" in text
     assert "- kfac, seed 0: unfit: no extra\n" in text
-    assert "not run on this task: smoothed, gauss-newton, hessian-free" in text
+    assert "not run on this task: smoothed, smoothed-gauss-newton, gauss-newton" in text
     assert "9 training examples, 40 queries; 4 examples left out one by one, 2 subsets" in text
 
 
@@ -75,10 +75,32 @@ def test_the_best_of_the_others_is_neither_ours_nor_the_same_derivative():
 def test_findings_say_who_is_first_and_who_is_not():
     other = {**TASK, "methods": {**TASK["methods"], "tracin": [measured(seed=0, loo=0.65, **{"self.auroc": 0.95})]}}
     found = findings({"a-task": TASK, "b-task": other})
-    assert "- **LOO**: `exact` is first on a-task; not first on b-task (tracin 0.65 against 0.60)." in found
-    assert "- **LDS 10 %**: `exact` is first on b-task; not first on a-task (tracin 0.40 against 0.30)." in found
-    assert "`el2n` is not first on b-task (tracin 0.950 against 0.900)." in found
+    assert "- **LOO**: `exact` is first on a-task; not first on b-task (tracin 0.65 against 0.50, one seed)." in found
+    assert (
+        "- **LDS 10 %**: `exact` is first on b-task; not first on a-task (tracin 0.40 against 0.30, one seed)." in found
+    )
+    assert "`el2n` is not first on b-task (tracin 0.950 against 0.900, one seed)." in found
     assert "`smoothed`" not in found
+
+
+def test_methods_are_compared_on_the_seeds_that_both_have():
+    rows = [measured(seed=1, loo=0.65), measured(seed=2, loo=0.99)]  # 0.70 there, and no `exact` of seed 2
+    found = findings({"a-task": {**TASK, "methods": {**TASK["methods"], "tracin": rows}}})
+    assert "- **LOO**: `exact` is first on a-task." in found
+
+
+def test_among_all_are_our_own_and_the_same_derivative():
+    methods = {**TASK["methods"], "smoothed": [measured(seed=0, lds_10=0.5)]}
+    found = among_all({"a-task": {**TASK, "methods": methods}})
+    assert found == "- **LDS 10 %**: `smoothed` is not first on a-task (bergson-magic 0.90 against 0.50, one seed)."
+
+
+def test_systems_that_were_left_unsolved_are_told():
+    note = "cg of at most 20 iterations to 1e-05; the linear systems are solved to a relative residual of {} only"
+    rows = [measured(seed=seed, loo=0.1, note=note.format(left)) for seed, left in enumerate(("3.7e-01", "2.0e-02"))]
+    text = table("a-task", {**TASK, "methods": {"influence-cg": rows, "relatif-l": rows[1:]}})
+    assert "- influence-cg: its linear systems were left at a relative residual of 0.37\n" in text
+    assert "- relatif-l" not in text
 
 
 def test_costs_are_those_of_all_queries_and_of_one():
