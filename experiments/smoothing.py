@@ -2,7 +2,7 @@
 
 `python -m experiments.smoothing` trains, retrains without single examples and without random subsets, takes the scores
 of reweighted runs one by one, and prints the tables of docs/smoothing.md: Spearman correlation of scores and measured
-changes (mean over 40 queries, over seeds, with the mean of the seeds' 95 % bootstrap intervals). What was computed is
+changes (mean over 40 queries, over seeds, with the mean of the seeds' 95 % intervals). What was computed is
 kept in --out, so that a second call goes on from there. --only names the kinds of runs to be swept.
 """
 
@@ -24,7 +24,7 @@ from comparison.exchange import Folder
 from comparison.tasks import TASKS, Spec
 from comparison.truth import FRACTIONS, open_run, truth_of
 from hydragrad import baselines
-from hydragrad.report.bootstrap import mean_interval
+from hydragrad.report.intervals import mean_interval
 from hydragrad.smoothing import removals
 
 SEEDS = {"digits-sgd": (0, 1, 2), "digits-adamw": (0, 1, 2), "breast-cancer": (0, 1), "fashion-lenet-500": (0,)}
@@ -164,7 +164,7 @@ def candidates(held: Tensors) -> Iterator[tuple[str, Tensor]]:
                 yield f"{kind}, R = {runs}, plain mean", mean(torch.stack(found[:runs]), sized=False)
 
 
-def measured(held: Tensors, scores: Tensor, seed: int) -> dict[str, list[float]]:
+def measured(held: Tensors, scores: Tensor) -> dict[str, list[float]]:
     """Mean Spearman correlation with its interval: one example, then subsets of each size."""
     ids, changes = held["truth/ids"], held["truth/changes"]
     predicted = (1 - held["truth/weights"].double()) @ scores
@@ -172,7 +172,7 @@ def measured(held: Tensors, scores: Tensor, seed: int) -> dict[str, list[float]]
     for place, fraction in enumerate(FRACTIONS):
         part = slice(len(ids) + place * SUBSETS, len(ids) + (place + 1) * SUBSETS)
         parts[f"LDS {fraction:.0%}"] = (predicted[part], changes[part])
-    intervals = {name: mean_interval(a, b, seed) for name, (a, b) in parts.items()}
+    intervals = {name: mean_interval(a, b) for name, (a, b) in parts.items()}
     return {name: [found.mean, found.low, found.high] for name, found in intervals.items()}
 
 
@@ -205,7 +205,7 @@ def main() -> None:
             kinds = options.only or USUAL.get(name, tuple(KINDS))
             held = gather(spec, seed, Answers(options.out / f"{name}-{seed}.safetensors"), kinds)
             for way, scores in candidates(held) if held else ():
-                rows.setdefault(way, []).append(measured(held, scores, seed))
+                rows.setdefault(way, []).append(measured(held, scores))
         if not rows:
             print(f"{name} is left out: its data is not here (set HYDRAGRAD_DATA to the data's folder)")
             continue
