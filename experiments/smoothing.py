@@ -64,7 +64,7 @@ def _normal(count: int, seed: int) -> Tensor:
 KINDS: dict[str, tuple[str, Callable[[int, int], Tensor]]] = {
     "smoothed, f = 0.1": ("exact", _random(16, 0.1, 1000)),
     "smoothed, f = 0.3": ("exact", _random(8, 0.3, 2000)),
-    "gauss-newton smoothed, f = 0.1": ("gauss-newton", _random(8, 0.1, 1000)),
+    "gauss-newton smoothed, f = 0.1": ("gauss-newton", _random(16, 0.1, 1000)),
     "smoothed, f = 0.05": ("exact", _random(8, 0.05, 3000)),
     "eight folds": ("exact", _folds),
     "four halves and their complements": ("exact", _halves),
@@ -162,6 +162,34 @@ def candidates(held: Tensors) -> Iterator[tuple[str, Tensor]]:
             if runs <= len(found) and (runs == most or draw.__qualname__.startswith("_random")):
                 yield f"{kind}, R = {runs}", mean(torch.stack(found[:runs]))
                 yield f"{kind}, R = {runs}, plain mean", mean(torch.stack(found[:runs]), sized=False)
+    for sized, words in ((True, ""), (False, ", plain mean")):
+        if (scores := controlled(held, sized=sized)) is not None:
+            yield f"R = {CONTROLLED}, gauss-newton as control variate{words}", scores
+
+
+CONTROLLED = 8
+"""Runs with exact scores whose noise their gauss-newton scores take out."""
+
+
+def controlled(held: Tensors, *, sized: bool = True) -> Tensor | None:
+    """The mean of a few runs' exact scores E_r, with their gauss-newton scores G_r as a control variate.
+
+        mean_few E - beta_j (mean_few G - mean_others G)        few: the first 8 runs; others: 8 further ones
+
+    G of further runs costs less than E, and has the same mean. The noise is least at beta_j = cov(E, G) / var(G),
+    over the runs and pooled over the examples, times what m others know of the mean beside k few: m / (m + k). Means
+    are those of ``mean``, and runs weigh as much in beta. None without their scores.
+    """
+    exact, cheap = "smoothed, f = 0.1", "gauss-newton smoothed, f = 0.1"
+    names = [f"{exact}/{n}" for n in range(CONTROLLED)] + [f"{cheap}/{n}" for n in range(2 * CONTROLLED)]
+    if any(name not in held for name in names):
+        return None
+    few, same, others = torch.stack([held[name].double() for name in names]).split(CONTROLLED)
+    weights = 1 / few[:, -1:] if sized else torch.ones_like(few[:, -1:])
+    e, g = (runs[:, :-1] - mean(runs, sized=sized) for runs in (few, same))
+    beta = (weights * e * g).sum((0, 1)) / (weights * g * g).sum((0, 1)).clamp(min=1e-300)
+    beta *= len(others) / (len(others) + len(same))
+    return mean(few, sized=sized) - beta * (mean(same, sized=sized) - mean(others, sized=sized))
 
 
 def measured(held: Tensors, scores: Tensor) -> dict[str, list[float]]:
