@@ -165,14 +165,14 @@ class Attribution:
         if tables.get("sha256") != seal(about, tensors):
             raise StoreError(broken_file(path, "was altered", "the hash of its content", str(tables.get("sha256"))))
         with reading(path):
-            measured, asked = tensors.pop("measured", None), about.get("asked")
+            measured, known = tensors.pop("measured", None), dict(about.get("asked", {}))
             return Attribution(
                 **tensors,
                 method=about["method"],
                 diagnostics=Diagnostics.from_dict(about["diagnostics"]),
                 tokens=about.get("tokens", False),
                 run=str(about.get("run", "")),
-                asked=None if measured is None else Asked(measured, **asked),
+                asked=None if measured is None else Asked(measured, **known),
             )
 
     def __iter__(self) -> Iterator[Tensor]:

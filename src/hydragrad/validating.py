@@ -35,7 +35,7 @@ def validate(
     sizes: Sequence[int | float] = SIZES,
     targets: Sequence[int] | None = None,
     weight: int | float = 0.0,
-    labels: Mapping[int, Any] | None = None,
+    labels: Mapping[Any, Any] | None = None,
     relabel: Relabel = with_label,
     measurement: Callable[[nn.Module, Any], Tensor] | None = None,
     accuracy: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -101,7 +101,7 @@ def _designed(
     sizes: Sequence[int | float],
     targets: Sequence[int] | None,
     weight: int | float,
-    labels: Mapping[int, Any] | None,
+    labels: Mapping[Any, Any] | None,
     relabel: Relabel,
 ) -> Design:
     """The changes that ``metric`` asks for, drawn under ``seed``."""
