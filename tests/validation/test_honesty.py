@@ -116,6 +116,9 @@ def test_saved_tabled_and_drawn(run: hg.Run, scores: hg.Attribution, tmp_path: P
         assert row["actual"] == float(found.actual[2, 1])
         assert row["predicted"] == float(found.predicted[2, 1])
         assert row["ids"] == found.items[2].ids
+        assert "seed 5" in str(found)
+        assert ("no interval: one removal lies within the next" in str(found)) == (metric == "remove")
+        assert math.isnan(found.correlation.low) or metric == "loo"
         picture = matplotlib.image.imread(found.plot(tmp_path / f"{metric}.png"))
         assert picture.shape[:2] == (676, 832)
         assert picture[..., :3].std() > 0.05
