@@ -2,7 +2,7 @@
 
 `python -m experiments.smoothing` trains, retrains without single examples and without random subsets, takes the scores
 of reweighted runs one by one, and prints the tables of docs/smoothing.md: Spearman correlation of scores and measured
-changes (mean over 40 queries, over seeds, with the mean of the seeds' 95 % bootstrap intervals). What was computed is
+changes (mean over 40 queries, over seeds, with the mean of the seeds' 95 % intervals). What was computed is
 kept in --out, so that a second call goes on from there. --only names the kinds of runs to be swept.
 """
 
@@ -24,7 +24,7 @@ from comparison.exchange import Folder
 from comparison.tasks import TASKS, Spec
 from comparison.truth import FRACTIONS, open_run, truth_of
 from hydragrad import baselines
-from hydragrad.report.bootstrap import mean_interval
+from hydragrad.report.intervals import mean_interval
 from hydragrad.smoothing import removals
 
 SEEDS = {"digits-sgd": (0, 1, 2), "digits-adamw": (0, 1, 2), "breast-cancer": (0, 1), "fashion-lenet-500": (0,)}
@@ -64,7 +64,7 @@ def _normal(count: int, seed: int) -> Tensor:
 KINDS: dict[str, tuple[str, Callable[[int, int], Tensor]]] = {
     "smoothed, f = 0.1": ("exact", _random(16, 0.1, 1000)),
     "smoothed, f = 0.3": ("exact", _random(8, 0.3, 2000)),
-    "gauss-newton smoothed, f = 0.1": ("gauss-newton", _random(8, 0.1, 1000)),
+    "gauss-newton smoothed, f = 0.1": ("gauss-newton", _random(16, 0.1, 1000)),
     "smoothed, f = 0.05": ("exact", _random(8, 0.05, 3000)),
     "eight folds": ("exact", _folds),
     "four halves and their complements": ("exact", _halves),
@@ -162,9 +162,37 @@ def candidates(held: Tensors) -> Iterator[tuple[str, Tensor]]:
             if runs <= len(found) and (runs == most or draw.__qualname__.startswith("_random")):
                 yield f"{kind}, R = {runs}", mean(torch.stack(found[:runs]))
                 yield f"{kind}, R = {runs}, plain mean", mean(torch.stack(found[:runs]), sized=False)
+    for sized, words in ((True, ""), (False, ", plain mean")):
+        if (scores := controlled(held, sized=sized)) is not None:
+            yield f"R = {CONTROLLED}, gauss-newton as control variate{words}", scores
 
 
-def measured(held: Tensors, scores: Tensor, seed: int) -> dict[str, list[float]]:
+CONTROLLED = 8
+"""Runs with exact scores whose noise their gauss-newton scores take out."""
+
+
+def controlled(held: Tensors, *, sized: bool = True) -> Tensor | None:
+    """The mean of a few runs' exact scores E_r, with their gauss-newton scores G_r as a control variate.
+
+        mean_few E - beta_j (mean_few G - mean_others G)        few: the first 8 runs; others: 8 further ones
+
+    G of further runs costs less than E, and has the same mean. The noise is least at beta_j = cov(E, G) / var(G),
+    over the runs and pooled over the examples, times what m others know of the mean beside k few: m / (m + k). Means
+    are those of ``mean``, and runs weigh as much in beta. None without their scores.
+    """
+    exact, cheap = "smoothed, f = 0.1", "gauss-newton smoothed, f = 0.1"
+    names = [f"{exact}/{n}" for n in range(CONTROLLED)] + [f"{cheap}/{n}" for n in range(2 * CONTROLLED)]
+    if any(name not in held for name in names):
+        return None
+    few, same, others = torch.stack([held[name].double() for name in names]).split(CONTROLLED)
+    weights = 1 / few[:, -1:] if sized else torch.ones_like(few[:, -1:])
+    e, g = (runs[:, :-1] - mean(runs, sized=sized) for runs in (few, same))
+    beta = (weights * e * g).sum((0, 1)) / (weights * g * g).sum((0, 1)).clamp(min=1e-300)
+    beta *= len(others) / (len(others) + len(same))
+    return mean(few, sized=sized) - beta * (mean(same, sized=sized) - mean(others, sized=sized))
+
+
+def measured(held: Tensors, scores: Tensor) -> dict[str, list[float]]:
     """Mean Spearman correlation with its interval: one example, then subsets of each size."""
     ids, changes = held["truth/ids"], held["truth/changes"]
     predicted = (1 - held["truth/weights"].double()) @ scores
@@ -172,7 +200,7 @@ def measured(held: Tensors, scores: Tensor, seed: int) -> dict[str, list[float]]
     for place, fraction in enumerate(FRACTIONS):
         part = slice(len(ids) + place * SUBSETS, len(ids) + (place + 1) * SUBSETS)
         parts[f"LDS {fraction:.0%}"] = (predicted[part], changes[part])
-    intervals = {name: mean_interval(a, b, seed) for name, (a, b) in parts.items()}
+    intervals = {name: mean_interval(a, b) for name, (a, b) in parts.items()}
     return {name: [found.mean, found.low, found.high] for name, found in intervals.items()}
 
 
@@ -205,7 +233,7 @@ def main() -> None:
             kinds = options.only or USUAL.get(name, tuple(KINDS))
             held = gather(spec, seed, Answers(options.out / f"{name}-{seed}.safetensors"), kinds)
             for way, scores in candidates(held) if held else ():
-                rows.setdefault(way, []).append(measured(held, scores, seed))
+                rows.setdefault(way, []).append(measured(held, scores))
         if not rows:
             print(f"{name} is left out: its data is not here (set HYDRAGRAD_DATA to the data's folder)")
             continue

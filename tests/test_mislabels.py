@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 import hydragrad as hg
 from hydragrad.report.measures import average_ranks, precision_recall
 from hydragrad.signals.along import Candidates, stored_along
+from hydragrad.signals.probabilities import PLAIN
 from hydragrad.tasks.digits import digits
 from tests.tasks.small import make_task
 from tests.tolerances import UPDATE, assert_close
@@ -105,6 +106,18 @@ def test_cleanlabs_table(found: hg.Suspects) -> None:
     quality, issues = torch.tensor(table["label_quality"].tolist()), found.flagged
     assert 0 < int(issues.sum()) < 22
     assert float(quality[issues].mean()) < float(quality[~issues].mean()), "lower: worse"
+    doubtful = replace(found, signal="doubt", score=found.signals["doubt"]).to_cleanlab()
+    assert doubtful["label_quality"].tolist() == pytest.approx(found.quality.tolist())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("signal", ["el2n", "margin", "doubt", "late", "combined", "ensemble", "loss", "self", "class"])
+def test_cleanlabs_table_is_in_the_order_of_the_chosen_signal(run: hg.Run, signal: str) -> None:
+    found = hg.mislabels(run, signal=signal, **QUIET)
+    quality = torch.tensor(found.to_cleanlab()["label_quality"].to_numpy())
+    assert 0 <= float(quality.min()) < float(quality.max()) <= 1
+    ordered = quality[found.ids]
+    assert bool((ordered.diff() >= 0).all()), "the most suspicious first: the least quality first"
+    assert len(quality.unique()) == len(found.score.unique())
 
 
 def test_an_examples_own_gradients(run: hg.Run, models: list[nn.Module]) -> None:
@@ -311,8 +324,8 @@ def test_one_label_everywhere_and_too_many(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_is_refused(run: hg.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = torch.full((22,), math.nan)
-    broken = Candidates(nothing, *(torch.ones(22, CLASSES) for _ in range(2)), *(torch.ones(22) for _ in range(3)))
+    nothing, one, table = torch.full((22,), math.nan), torch.ones(22), torch.ones(22, CLASSES)
+    broken = Candidates(nothing, table, table, one, one, one, PLAIN)
     monkeypatch.setattr("hydragrad.suspecting.candidate_labels", lambda *given, **options: broken)
     with pytest.raises(hg.NonFiniteError, match="signal 'loss' is not finite"):
         hg.mislabels(run, **QUIET)

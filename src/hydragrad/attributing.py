@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hydragrad.amounts import Amount
+from hydragrad.asked import Asked
 from hydragrad.attribution import Attribution
 from hydragrad.checks import Checks, finite_differences, judge
 from hydragrad.derivatives import derivative_error
@@ -109,6 +110,7 @@ def attribute(
         )
         wrong = _derivatives(wanted, plan)
         watch = _sweep(wanted, scores, plan, progress, pieces)
+        asked = Asked.of(wanted.measured(), sweep.stop, groups, measurement)
         swept = time.perf_counter() - began
         smoothed = None if runs.fraction is None else Smoothing(len(runs), runs.fraction, scores.spread)
         checks = Checks(None, wrong, gap=plan.gradient_gap, half=str(run.half_precision or ""), smoothing=smoothed)
@@ -117,7 +119,8 @@ def attribute(
     seconds = time.perf_counter() - began
     diagnostics = _diagnose(wanted, plan, watch, checks, seconds, seconds - swept if check else 0.0, seed)
     ids = torch.arange(wanted.columns.count)
-    return Attribution(scores.result(), wanted.rows.ids, ids, method, diagnostics, tokens, identity(run.steps))
+    known = (tokens, identity(run.steps), asked)
+    return Attribution(scores.result(), wanted.rows.ids, ids, method, diagnostics, *known)
 
 
 @final
@@ -148,6 +151,10 @@ class _Wanted:
         named = isinstance(aggregate, str) or aggregate is None
         columns = Columns.make(aggregate if named else torch.as_tensor(aggregate), asked.count)
         return _Wanted(sweep, method, asked, columns, rows, runs)
+
+    def measured(self) -> Tensor:
+        """The value of every column at the end of the recorded run, float64 [M]."""
+        return self.columns.collect(self.queries.values(self.sweep.end()))
 
     def scores(self, by_epoch: bool, grouped: bool) -> Scores:
         """Zeros for the result, with an axis of tokens if the sweep tells them apart."""

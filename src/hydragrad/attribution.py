@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, final
 import torch
 from torch import Tensor
 
+from hydragrad.asked import Asked
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, StoreError, message
 from hydragrad.files import (
@@ -53,7 +54,8 @@ class Attribution:
     example helped query j; negative: it harmed. [N, M]; with ``by_epoch`` [E, N, M]; with ``tokens`` [N, L, M] (or
     [E, N, L, M]): token by token, 0 beyond the end of a short batch; on the CPU, in the run's dtype.
     ``train_ids`` [N]: positions in the training data (or group numbers); ``query_ids`` [M]: positions among the
-    queries (or query groups); ``run``: tells the run that was attributed from others (empty: not known).
+    queries (or query groups); ``run``: tells the run that was attributed from others (empty: not known);
+    ``asked``: tells the question from others (None: not known).
     Source: HYDRA, arXiv 2102.02515, whose eps is scaled by 1/N.
 
     Example: ``scores.top(query=3, k=10)``.
@@ -66,6 +68,7 @@ class Attribution:
     diagnostics: Diagnostics
     tokens: bool = False
     run: str = ""
+    asked: Asked | None = None
 
     def __post_init__(self) -> None:
         expected, shape = (len(self.train_ids), len(self.query_ids)), self.values.shape
@@ -109,7 +112,8 @@ class Attribution:
     def averaged(self) -> "Attribution":
         """The scores for the mean over all queries, as one column [N, 1] with query id 0."""
         mean, only = self.total.mean(1, keepdim=True), torch.zeros(1, dtype=torch.int64)
-        return replace(self, values=mean, query_ids=only, tokens=False)
+        asked = None if self.asked is None else self.asked.averaged()
+        return replace(self, values=mean, query_ids=only, tokens=False, asked=asked)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A table: rows ``train_ids``, columns ``query_ids``; with epochs or tokens, rows are (epoch, train, token)."""
@@ -134,6 +138,9 @@ class Attribution:
         tensors = {"values": self.values, "train_ids": self.train_ids, "query_ids": self.query_ids}
         about = {"format": _FORMAT, "method": self.method, "run": self.run, "diagnostics": self.diagnostics.to_dict()}
         about |= {"tokens": True} if self.tokens else {}
+        if (asked := self.asked) is not None:
+            tensors["measured"] = asked.measured
+            about["asked"] = {"step": asked.step, "groups": asked.groups, "measurement": asked.measurement}
         tables = {"attribution": about, "sha256": seal(about, tensors)}
         write_atomically(path, save_tensors(tensors, tables))
         return path
@@ -145,7 +152,7 @@ class Attribution:
         tensors, tables = load_tensors(path, read_bytes(path))
         about = tables.get("attribution")
         version = about.get("format") if isinstance(about, dict) else None
-        if version != _FORMAT or set(tensors) != {"values", "train_ids", "query_ids"}:
+        if version != _FORMAT or set(tensors) - {"measured"} != {"values", "train_ids", "query_ids"}:
             raise StoreError(
                 message(
                     f"{path} holds no attribution of this version",
@@ -158,12 +165,14 @@ class Attribution:
         if tables.get("sha256") != seal(about, tensors):
             raise StoreError(broken_file(path, "was altered", "the hash of its content", str(tables.get("sha256"))))
         with reading(path):
+            measured, known = tensors.pop("measured", None), dict(about.get("asked", {}))
             return Attribution(
                 **tensors,
                 method=about["method"],
                 diagnostics=Diagnostics.from_dict(about["diagnostics"]),
                 tokens=about.get("tokens", False),
                 run=str(about.get("run", "")),
+                asked=None if measured is None else Asked(measured, **known),
             )
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hydragrad.asked import Asked
 from hydragrad.attribution import Attribution
 from hydragrad.errors import MismatchError, NonFiniteError, message
 from hydragrad.hypergradient.queries import Columns, group_numbers, length_of
+from hydragrad.retraining.measuring import queries_of
 from hydragrad.run import Run
 from hydragrad.trajectory.identity import identity
 
@@ -54,6 +56,16 @@ def groups_of(run: Run, scores: Attribution, groups: Any) -> Tensor | None:
             )
         )
     return None
+
+
+def check_question(
+    run: Run, scores: Attribution, queries: Any, columns: Columns, *, measurement: Any, groups: Any, step: int
+) -> None:
+    """Raises MismatchError for scores that say they answer another question."""
+    if scores.asked is not None:
+        state = next(run.states(step, step + 1))
+        measured = columns.collect(queries_of(run, queries, measurement).values(state))
+        scores.asked.check(Asked.of(measured, step, groups, measurement), scores.values.dtype)
 
 
 def check_run(run: Run, scores: Attribution) -> None:

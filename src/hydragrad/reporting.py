@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hydragrad.attribution import Attribution
 from hydragrad.errors import MismatchError, message
 from hydragrad.files import write_atomically
-from hydragrad.fitting import columns_of, groups_of
+from hydragrad.fitting import check_question, columns_of, groups_of
 from hydragrad.report.charts import histogram
 from hydragrad.report.content import Page
 from hydragrad.report.display import Display
@@ -63,6 +63,8 @@ def write_report(
     """
     proofs = [] if validation is None else [validation] if isinstance(validation, Validation) else list(validation)
     columns, of_groups = columns_of(scores, queries, aggregate), groups_of(run, scores, groups)
+    until = run.num_steps if step is None else step
+    check_question(run, scores, queries, columns, measurement=measurement, groups=groups, step=until)
     for proof in proofs:
         _check_proof(scores, proof)
     if top < 1:

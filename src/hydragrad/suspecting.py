@@ -45,8 +45,9 @@ def mislabels(
     """Rank the training examples by how suspicious their labels are, and suggest the labels that fit better.
 
     All but "ensemble" is read off the recorded run: averages over at most ``states`` stored states, the untrained one
-    left out, in evaluation mode. p_i is the softmax over the labels c of minus the loss that example i has with label c
-    (for cross entropy: the model's probabilities), y_i its own label. ``signal``:
+    left out, in evaluation mode. p_i are the model's probabilities, y_i is the label of example i: the softmax over the
+    labels c of minus the loss that it has with label c, divided by the weights of classes where the losses show that
+    they are a weighted cross entropy. With another loss p_i is only this softmax, and ``note`` says so. ``signal``:
 
     - "el2n" (default): ||p_i - onehot(y_i)||, averaged; the evidence for it is in docs/mislabels.md;
     - "margin": max over c != y_i of p_i(c) minus p_i(y_i), averaged;
@@ -93,9 +94,9 @@ def mislabels(
         signals |= three
         signals["late"] = tried.late
         signals["combined"] = torch.stack([average_ranks(x) for x in three.values()]).mean(0) / run.num_examples
-        found |= _suggestions(tried, known)
+        found |= _suggestions(tried, known) | {"note": tried.scale.note}
         if chosen == "ensemble":
-            options = {"seed": seed, "jobs": jobs, "resume": resume, "progress": progress}
+            options = {"seed": seed, "jobs": jobs, "resume": resume, "progress": progress, "scale": tried.scale}
             errors = ensemble_errors(run, known.classes, known.places, relabel, replays, **options)
             signals["ensemble"] = tried.late + errors
     else:

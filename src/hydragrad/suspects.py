@@ -9,10 +9,22 @@ import torch
 from torch import Tensor
 
 from hydragrad.errors import UnsupportedError, message
+from hydragrad.report.measures import average_ranks
 from hydragrad.shapes import Float, Int
 
 if TYPE_CHECKING:
     import pandas
+
+
+_SPANS = {
+    "el2n": (0.0, 2**0.5),
+    "margin": (-1.0, 1.0),
+    "doubt": (0.0, 1.0),
+    "late": (0.0, 1.0),
+    "combined": (0.0, 1.0),
+    "ensemble": (0.0, 1.0 + 2**0.5),
+}
+"""The least and the largest value of signals that have both."""
 
 
 class Suspect(NamedTuple):
@@ -35,7 +47,8 @@ class Suspects:
 
     ``score`` [N], higher: worse, is ``signals[signal]``; ``signals``: all that were computed, by name;
     ``label``, ``suggested`` int64 [N] and ``confidence``, ``quality`` [N] in [0, 1]: in the suggested and in the given
-    label (None where the examples have no labels that could be compared); ``note``: why, in words.
+    label (None where the examples have no labels that could be compared); ``note``: why, or how losses
+    were read.
 
     Example: ``print(hydragrad.mislabels(run))``.
     """
@@ -81,11 +94,11 @@ class Suspects:
     def to_cleanlab(self) -> "pandas.DataFrame":
         """Cleanlab's table of label issues, a row an example in the order of the data.
 
-        ``is_label_issue``: another label fits better; ``label_quality`` in [0, 1], lower: worse: the confidence in the
-        given label, averaged along the run; ``given_label``, ``predicted_label``. Raises
-        UnsupportedError without labels.
+        ``is_label_issue``: another label fits better; ``label_quality`` in [0, 1], lower: worse: in the order of the
+        chosen ``signal`` (1 at its least possible value, 0 at its largest; for signals without such, by rank);
+        ``given_label``, ``predicted_label``. Raises UnsupportedError without labels.
         """
-        if self.label is None or self.suggested is None or self.quality is None:
+        if self.label is None or self.suggested is None:
             raise UnsupportedError(
                 message(
                     "there are no label issues without labels",
@@ -97,7 +110,7 @@ class Suspects:
         return _pandas("to_cleanlab").DataFrame(
             {
                 "is_label_issue": self.flagged.numpy(),
-                "label_quality": self.quality.numpy(),
+                "label_quality": self._label_quality().numpy(),
                 "given_label": self.label.numpy(),
                 "predicted_label": self.suggested.numpy(),
             }
@@ -117,6 +130,12 @@ class Suspects:
                 words += f" (confidence {row.confidence:.2f})"
             lines.append(words)
         return "\n".join([*lines, f"  ... and {len(self) - 10} more"] if len(self) > 10 else lines)
+
+    def _label_quality(self) -> Tensor:
+        if self.signal in _SPANS:
+            least, most = _SPANS[self.signal]
+            return (1 - (self.score - least) / (most - least)).clamp(0, 1)
+        return 1 - (average_ranks(self.score) - 0.5) / len(self)
 
     def _row(self, i: int) -> Suspect:
         label, suggested = (None if x is None else int(x[i]) for x in (self.label, self.suggested))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hydragrad.attribution import Attribution
 from hydragrad.errors import MismatchError, UnsupportedError, message
-from hydragrad.fitting import columns_of, groups_of
+from hydragrad.fitting import check_question, columns_of, groups_of
 from hydragrad.labels import Relabel, with_label
 from hydragrad.retraining import designs
 from hydragrad.retraining.carrying import carried_out
@@ -35,7 +35,7 @@ def validate(
     sizes: Sequence[int | float] = SIZES,
     targets: Sequence[int] | None = None,
     weight: int | float = 0.0,
-    labels: Mapping[int, Any] | None = None,
+    labels: Mapping[Any, Any] | None = None,
     relabel: Relabel = with_label,
     measurement: Callable[[nn.Module, Any], Tensor] | None = None,
     accuracy: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -80,6 +80,7 @@ def validate(
         run.trajectory.folder.resolve(), run.problem, queries, columns, until, measurement, accuracy
     )  # fmt: skip
     retrainer = Retrainer(question, run)
+    check_question(run, scores, queries, columns, measurement=measurement, groups=groups, step=until)
     options = {"fraction": fraction, "choice": choice, "sizes": sizes, "targets": targets, "weight": weight}
     design = _designed(run, scores, rows, metric, n, seed, labels=labels, relabel=relabel, **options)
     changes = [Change(), *design.changes]  # the first: as trained
@@ -100,7 +101,7 @@ def _designed(
     sizes: Sequence[int | float],
     targets: Sequence[int] | None,
     weight: int | float,
-    labels: Mapping[int, Any] | None,
+    labels: Mapping[Any, Any] | None,
     relabel: Relabel,
 ) -> Design:
     """The changes that ``metric`` asks for, drawn under ``seed``."""
@@ -134,7 +135,7 @@ def _answer(
     hits = [torch.nan if outcome.hits is None else float(outcome.hits.mean()) for outcome in done]
     return Validation(
         metric=metric,
-        method=scores.method,
+        method=_method(scores),
         predicted=design.predicted,
         actual=torch.stack([outcome.values - before for outcome in done[1:]]),
         before=before,
@@ -149,6 +150,11 @@ def _answer(
         plan=str(plan),
         run=scores.run,
     )
+
+
+def _method(scores: Attribution) -> str:
+    smoothing = scores.diagnostics.smoothing
+    return f"smoothed {scores.method}" if smoothing is not None and smoothing.runs > 1 else scores.method
 
 
 def _targets(scores: Attribution, rows: Rows, targets: Sequence[int] | None) -> list[tuple[int | None, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hydragrad.errors import MismatchError, StoreError, message
 from hydragrad.files import broken_file, load_tensors, read_bytes, reading, save_tensors, seal, write_atomically
-from hydragrad.report.bootstrap import Interval, column_pearson, column_spearman, mean_interval
+from hydragrad.report.intervals import LEAST, Interval, column_pearson, column_spearman, mean_interval
 from hydragrad.retraining.designs import Item
 from hydragrad.shapes import Float, Int
 
@@ -42,7 +42,7 @@ class Validation:
         actual[k, j]    = m_j(retrained) - m_j(as trained)
 
     ``before`` [M]: m_j as trained; ``items``: what was changed; ``accuracy`` [n] and ``accuracy_before``: fraction of
-    queries that are right (NaN if not asked); ``seed``: of the choice and of the bootstrap; ``plan``, ``seconds``;
+    queries that are right (NaN if not asked); ``seed``: of the choice; ``plan``, ``seconds``;
     ``threads``: torch's, of all replays; ``bitwise``: replaying as trained gave the recorded model bit for bit;
     ``run``: tells the run that was retrained from others (empty: not known).
 
@@ -82,8 +82,21 @@ class Validation:
 
     @cached_property
     def correlation(self) -> Interval:
-        """The mean of ``spearman`` with its 95 % interval: 1000 bootstrap draws of retrainings and of queries."""
-        return mean_interval(self.predicted[self.finite], self.actual[self.finite], self.seed)
+        """The mean of ``spearman`` with its 95 % interval, for the choice of retrainings and of queries.
+
+        Its ends are NaN for fewer than 6 retrainings, and for "remove", whose retrainings are nested in each other.
+        """
+        if self.metric == "remove":
+            nan = float("nan")
+            return Interval(float(self.spearman.nanmean()), nan, nan)
+        return mean_interval(self.predicted[self.finite], self.actual[self.finite])
+
+    @property
+    def agreement(self) -> str:
+        """The rank correlation with its interval, in words."""
+        if self.metric == "remove":
+            return f"{self.correlation.mean:.2f} (no interval: one removal lies within the next)"
+        return str(self.correlation)
 
     @property
     def relative_error(self) -> float:
@@ -102,6 +115,8 @@ class Validation:
         mean = self.correlation.mean
         if mean != mean:
             return "undefined: too few changes, or none with any effect"
+        if (n := int(self.finite.sum())) < LEAST:
+            return f"{n} retraining(s) are too few for a conclusion: take {LEAST} at least"
         words = next(words for least, words in _WORDS if mean >= least)
         if self.correlation.low <= 0 <= self.correlation.high and abs(mean) >= 0.2:
             words += ", but so few retrainings could show that by chance"
@@ -133,8 +148,9 @@ class Validation:
     def __str__(self) -> str:
         n, M = self.actual.shape
         lines = [
-            f"{self.method} scores put to the proof by {self.what}: {n} retrainings, {M} queries, {self.seconds:.1f} s",
-            f"  rank correlation of predicted and real change: {self.correlation}",
+            f"{self.method} scores put to the proof by {self.what}: {n} retrainings, {M} queries, seed {self.seed}, "
+            f"{self.seconds:.1f} s",
+            f"  rank correlation of predicted and real change: {self.agreement}",
             f"    1: ordered as retraining orders them; 0: no relation. Mean over the queries, over {n} changes each",
             f"  linear correlation {float(self.pearson.nanmean()):.2f}; relative error of the sizes "
             f"{self.relative_error:.2f}",
@@ -226,6 +242,11 @@ class Validation:
             notes.append(
                 "predicted is the effect of removing the example: scores know nothing of its new label. A new label "
                 "that is right should change the queries in that direction, and further"
+            )
+        if self.metric == "remove":
+            notes.append(
+                "each removal contains the smaller ones of its ranking, and the rankings are made from these scores: "
+                "the correlations are higher than those of independent changes (metric='subset'). Look at the curves"
             )
         if lost := int((~self.finite).sum()):
             notes.append(f"{lost} retraining(s) diverged (NaN or infinity) and count in no correlation")

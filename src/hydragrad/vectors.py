@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hydragrad.asked import Asked
 from hydragrad.attribution import Attribution
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, NonFiniteError, StoreError, UnsupportedError, message
@@ -83,10 +84,17 @@ class Hypergradients:
                     values[row : row + 256, chosen] = -(self.vectors[row : row + 256] @ slopes.T)
                 if of_buffers is not None:
                     values[:, chosen] -= self.buffers @ of_buffers.T
+            measured = columns.collect(asked.values(end))
         seconds = self.diagnostics.seconds + time.perf_counter() - began
         diagnostics = Diagnostics(**{**vars(self.diagnostics), "seconds": seconds})
         return Attribution(
-            values, self.examples, torch.arange(columns.count), self.method, diagnostics, run=identity(self.run.steps)
+            values,
+            self.examples,
+            torch.arange(columns.count),
+            self.method,
+            diagnostics,
+            run=identity(self.run.steps),
+            asked=Asked.of(measured, self.step, measurement=measurement),
         )
 
     @staticmethod

@@ -25,7 +25,7 @@ def trained_again(
     for step in run.steps:
         batch = step.batches[0]
         optimizer.zero_grad()
-        each = losses(model, (points[batch], given[batch]))
+        each = task.loss(model, (points[batch], given[batch]))
         weights = torch.where(torch.isin(batch, torch.tensor(list(ids), dtype=torch.int64)), weight, others)
         (each * weights).mean().backward()
         optimizer.step()

@@ -80,7 +80,7 @@ def test_diverged_retrainings_are_left_out_and_told(run: hg.Run, scores: hg.Attr
     broken.actual[1, 0] = torch.nan
     others = [0, 2, 3, 4]
     whole = cut(found, found.predicted[others], found.actual[others])
-    assert broken.correlation == whole.correlation
+    assert broken.correlation.mean == whole.correlation.mean
     assert broken.relative_error == whole.relative_error
     assert "1 retraining(s) diverged" in str(broken)
 
@@ -95,8 +95,11 @@ def test_words_follow_the_numbers(run: hg.Run, scores: hg.Attribution) -> None:
     assert "say nothing" in words_of(noise, real, found)
     assert "say the opposite" in words_of(-real, real, found)
     assert "undefined" in words_of(real, 0 * real, found)
-    few = words_of(torch.tensor([[0.0], [1], [2], [3]]), torch.tensor([[0.0], [2], [1], [3]]), found)
-    assert "by chance" in few
+    assert "by chance" in words_of(torch.arange(6.0)[:, None], torch.tensor([[0.0], [4], [1], [3], [2], [5]]), found)
+    few = words_of(real[:5], real[:5], found)
+    assert "too few for an interval" in few
+    assert "so: 5 retraining(s) are too few for a conclusion" in few
+    assert "seed 0" in few
     assert found.relative_error == pytest.approx(float((found.predicted - found.actual).norm() / found.actual.norm()))
 
 
@@ -113,6 +116,9 @@ def test_saved_tabled_and_drawn(run: hg.Run, scores: hg.Attribution, tmp_path: P
         assert row["actual"] == float(found.actual[2, 1])
         assert row["predicted"] == float(found.predicted[2, 1])
         assert row["ids"] == found.items[2].ids
+        assert "seed 5" in str(found)
+        assert ("no interval: one removal lies within the next" in str(found)) == (metric == "remove")
+        assert math.isnan(found.correlation.low) or metric == "loo"
         picture = matplotlib.image.imread(found.plot(tmp_path / f"{metric}.png"))
         assert picture.shape[:2] == (676, 832)
         assert picture[..., :3].std() > 0.05
@@ -155,6 +161,10 @@ def test_the_plan_comes_first_and_is_near(run: hg.Run, scores: hg.Attribution, c
         ({"metric": "remove", "sizes": (1.5,)}, hg.MismatchError, "no such part"),
         ({"metric": "remove", "targets": [4]}, hg.MismatchError, r"no such queries.*\[4\]"),
         ({"metric": "remove", "targets": []}, hg.MismatchError, "no such queries"),
+        ({"metric": "subset", "fraction": 1.0}, hg.MismatchError, "no such part.*1 to 21 rows.*Got: 1.0"),
+        ({"metric": "subset", "fraction": 22}, hg.MismatchError, "no such part.*some are left to train on"),
+        ({"metric": "relabel", "labels": {3: 77}}, hg.MismatchError, r"in place of the examples \[3\].*Target 77"),
+        ({"metric": "relabel", "labels": {3.5: 1}}, hg.MismatchError, "no row in the scores.*3.5"),
         ({"metric": "relabel", "labels": {}}, hg.MismatchError, "nothing to relabel"),
         ({"metric": "relabel", "labels": {40: 1}}, hg.MismatchError, "no row in the scores.*40"),
         ({"metric": "relabel", "labels": {4: 1}, "groups": torch.arange(22)}, hg.UnsupportedError, "groups cannot"),
@@ -167,7 +177,7 @@ def test_wrong_questions_are_refused(
     run: hg.Run, scores: hg.Attribution, changes: dict[str, Any], kind: type[Exception], words: str
 ) -> None:
     with pytest.raises(kind, match=words):
-        hg.validate(run, scores, TASK.test, **QUIET, **changes)
+        hg.validate(run, replace(scores, asked=None), TASK.test, **QUIET, **changes)
 
 
 def test_scores_of_elsewhere_are_refused(run: hg.Run, scores: hg.Attribution, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -124,3 +125,12 @@ def replace_steps(run: hg.Run, stop: int) -> Any:
         steps = run.steps[:stop]
 
     return Short()
+
+
+def test_labels_are_any_integers(run: hg.Run, scores: hg.Attribution) -> None:
+    keys = [{3: 2, 5: 1}, {np.int64(3): np.int64(2), np.int64(5): np.uint8(1)}, {3: torch.tensor(2), 5: 1}]
+    found = [hg.validate(run, scores, TASK.test, metric="relabel", labels=labels, **QUIET) for labels in keys]
+    assert [item.label for item in found[0].items] == [2, 1]
+    for other in found[1:]:
+        assert other.items == found[0].items
+        assert torch.equal(other.actual, found[0].actual)

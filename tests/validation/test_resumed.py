@@ -80,14 +80,14 @@ def test_another_question_is_refused(
     hg.validate(run, scores, TASK.test, n=1, resume=tmp_path, **QUIET)
     given = {"queries": TASK.test, **changes}
     with pytest.raises(hg.MismatchError, match=rf"another question: its {name} differ.*a folder of its own"):
-        hg.validate(run, scores, given.pop("queries"), n=1, resume=tmp_path, **QUIET, **given)
+        hg.validate(run, replace(scores, asked=None), given.pop("queries"), n=1, resume=tmp_path, **QUIET, **given)
 
 
 def test_another_run_is_refused(run: hg.Run, scores: hg.Attribution, tmp_path: Path) -> None:
     hg.validate(run, scores, TASK.test, n=1, resume=tmp_path / "kept", **QUIET)
     other = hg.train(replace(TASK, seed=1), tmp_path / "run")
     with pytest.raises(hg.MismatchError, match="another question: its run differ"):
-        hg.validate(other, replace(scores, run=""), TASK.test, n=1, resume=tmp_path / "kept", **QUIET)
+        hg.validate(other, replace(scores, run="", asked=None), TASK.test, n=1, resume=tmp_path / "kept", **QUIET)
 
 
 def test_the_folder_keeps_its_number_of_threads(

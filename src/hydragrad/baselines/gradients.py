@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from hydragrad.asked import Asked
 from hydragrad.attribution import Attribution
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, NonFiniteError, message
@@ -68,6 +69,7 @@ class Setting:
         if queries is not None:
             self.asked = Queries(run.problem, queries, self.names, measurement, self.device, mode)
             self.columns = Columns.make(None, self.asked.count)
+            self.measurement = measurement
 
     def end(self) -> State:
         """The trained model: the state after the last recorded step."""
@@ -143,7 +145,9 @@ class Setting:
             reasons=("a baseline: nothing was retrained to check it", *reasons),
         )
         rows, columns = torch.arange(self.run.num_examples), torch.arange(self.columns.count)
-        return Attribution(values, rows, columns, method, diagnostics, run=identity(self.run.steps))
+        measured = self.columns.collect(self.asked.values(self.end()))
+        asked = Asked.of(measured, self.run.num_steps, measurement=self.measurement)
+        return Attribution(values, rows, columns, method, diagnostics, run=identity(self.run.steps), asked=asked)
 
     def _gradients(self, point: Point, ids: Tensor) -> Tensor:
         if self._trusted is not False:

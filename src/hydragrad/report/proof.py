@@ -33,7 +33,8 @@ def proof_of(validation: "Validation") -> Proof:
     """A validation for a page: what was done, how well it agrees, a chart."""
     n, M = validation.actual.shape
     words = [
-        f"{n} retrainings, {M} queries. Rank correlation of predicted and real change: {validation.correlation}.",
+        f"{n} retrainings, {M} queries, seed {validation.seed}. Rank correlation of predicted and real change: "
+        f"{validation.agreement}.",
         f"{validation.conclusion[:1].upper()}{validation.conclusion[1:]}.",
         *(f"{note[:1].upper()}{note[1:]}." for note in validation.notes),
     ]
@@ -65,7 +66,7 @@ def _scatter(axes: Any, validation: "Validation") -> None:
     axes.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle="--", label="predicted = real")
     axes.set_xlabel("predicted change of a query (sum of scores)", color=INK)
     axes.set_ylabel("real change, retrained", color=INK)
-    axes.set_title(f"{validation.method}: rank correlation {validation.correlation}", fontsize=11, color=INK)
+    axes.set_title(_title(validation, f"rank correlation {validation.agreement}"), fontsize=11, color=INK)
     axes.legend(frameon=False, loc="upper left")
 
 
@@ -78,5 +79,9 @@ def _curves(axes: Any, validation: "Validation") -> None:
     whose = "the mean query" if target is None else f"query {target}"
     axes.set_xlabel("training examples (or groups) removed", color=INK)
     axes.set_ylabel(f"change of {whose}", color=INK)
-    axes.set_title(f"{validation.method}: real change (line) and predicted (dotted)", fontsize=11, color=INK)
+    axes.set_title(_title(validation, "real change (line) and predicted (dotted)"), fontsize=11, color=INK)
     axes.legend(frameon=False)
+
+
+def _title(validation: "Validation", words: str) -> str:
+    return f"{validation.method} scores, seed {validation.seed}\n{words}"

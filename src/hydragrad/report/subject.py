@@ -13,11 +13,14 @@ from hydragrad.hypergradient.queries import Columns
 from hydragrad.labels import label_of, labels_of
 from hydragrad.retraining.measuring import queries_of
 from hydragrad.run import Run
+from hydragrad.signals.probabilities import Scale
 from hydragrad.signals.trying import LabelLosses
 from hydragrad.trajectory.state import State
 
 CLASSES = 100
 """With more distinct labels than these none are tried on a query."""
+_EXAMPLES = 4
+"""Training examples a class, at least, in which weights of the classes are looked for."""
 
 
 class Said(NamedTuple):
@@ -77,9 +80,9 @@ class Subject:
         return labels_of(self.queries) if self.single else None
 
     def said(self, ids: Sequence[int]) -> dict[int, Said]:
-        """What the model says of these queries: the softmax of minus the losses that they have with every label.
+        """What the model says of these queries: its probabilities, as the losses with every label show them.
 
-        For cross entropy: its probabilities. Empty for queries without labels, or with too many of them.
+        For other losses than cross entropy: their softmax. Empty for queries without labels, or with too many of them.
         """
         if self.labels is None or not self.single or not len(ids):
             return {}
@@ -91,9 +94,17 @@ class Subject:
             return {}
         chosen = [self.queries[place] for place in ids]
         losses = LabelLosses(self.run, classes, data=chosen)(self.state)[1]
-        p = torch.softmax(-losses.double(), 1)
+        scale = self._scale(classes)
+        p = torch.softmax(-(scale.unweighted(losses) if scale.holds(losses) else losses).double(), 1)
         best = p.argmax(1).tolist()
         return {
             place: Said(label, float(p[row, classes.index(label)]), classes[best[row]], float(p[row, best[row]]))
             for row, (place, label) in enumerate(zip(ids, own, strict=True))
         }
+
+    def _scale(self, classes: Sequence[int]) -> Scale:
+        """How losses show probabilities, seen on training examples from all over the data."""
+        data = self.run.problem.data
+        most = max(1, len(data) // (_EXAMPLES * len(classes)))
+        seen = [data[place] for place in range(0, len(data), most)]
+        return Scale.of(LabelLosses(self.run, classes, data=seen)(self.state)[1])

@@ -1,12 +1,13 @@
 """The model that would have been trained: the recorded steps again, with some examples changed."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 
-from hydragrad.errors import MismatchError, UnsupportedError, message
+from hydragrad.errors import HydragradError, MismatchError, UnsupportedError, message
 from hydragrad.problem import Problem
 from hydragrad.run import Run, kept_random_state
 from hydragrad.trajectory.digests import batch_digests, describe_batch
@@ -60,8 +61,28 @@ def retrained(run: Run, change: Change, until: int, *, early: bool = True) -> St
     with kept_random_state():
         for step in run.steps[replayer.step : until]:
             original.batches(step)  # the data that was not changed on purpose is the recorded one
-            replayer.advance(step, weights)
+            with _trainable(change):
+                replayer.advance(step, weights)
     return replayer.state()
+
+
+@contextlib.contextmanager
+def _trainable(change: Change) -> Iterator[None]:
+    """Turn an error of the user's code on samples that were given into a MismatchError that names them."""
+    try:
+        yield
+    except (HydragradError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if change.samples is None:
+            raise
+        raise MismatchError(
+            message(
+                f"the training cannot take what is given in place of the examples {list(change.ids)[:5]}",
+                expected="labels that the model knows, samples as in the training data",
+                got=f"{type(error).__name__}: {str(error)[:300]}",
+            )
+        ) from error
 
 
 def first_replayed(run: Run, change: Change, until: int) -> int:

@@ -1,5 +1,6 @@
 """Which changes are made to put scores to the proof, and what the scores predict of each."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -83,6 +84,14 @@ def one_by_one(rows: Rows, n: int, choice: str, generator: torch.Generator) -> D
 def subsets(rows: Rows, n: int, fraction: float, generator: torch.Generator) -> Design:
     """``n`` random subsets of a fraction of the rows, each removed at once."""
     size = _size(fraction, rows.count)
+    if size == rows.count or (isinstance(fraction, float) and fraction >= 1):
+        raise MismatchError(
+            message(
+                "no such part of the rows",
+                expected=f"a fraction in (0, 1) or 1 to {rows.count - 1} rows, so that some are left to train on",
+                got=repr(fraction),
+            )
+        )
     drawn = [torch.randperm(rows.count, generator=generator)[:size] for _ in range(n)]
     return _removals(rows, [("subset", None, chosen) for chosen in drawn])
 
@@ -111,21 +120,32 @@ def extremes(
     return _removals(rows, chosen, weight)
 
 
-def relabelled(rows: Rows, data: Any, changes: Mapping[int, Any], relabel: Relabel) -> Design:
+def _integer(given: Any) -> int | None:
+    """An integer of Python, numpy or torch as Python's; None for anything else."""
+    if isinstance(given, Tensor) and (given.dim() > 0 or given.is_floating_point()):
+        return None
+    try:
+        return int(operator.index(given))
+    except TypeError:
+        return None
+
+
+def relabelled(rows: Rows, data: Any, changes: Mapping[Any, Any], relabel: Relabel) -> Design:
     """One example at a time gets another label (or is replaced by another sample); predicted: its removal."""
     items, made, predicted = [], [], []
-    for place, given in changes.items():
-        at = (rows.ids == place).nonzero().flatten()
-        if len(at) != 1 or not isinstance(place, int):
+    for key, given in changes.items():
+        place = _integer(key)
+        at = [] if place is None else (rows.ids == place).nonzero().flatten()
+        if place is None or len(at) != 1:
             raise MismatchError(
                 message(
                     "an example to relabel has no row in the scores",
                     expected=f"train ids of the scores, such as {rows.ids[:5].tolist()}",
-                    got=place,
+                    got=key,
                 )
             )
-        plain = isinstance(given, int) or (isinstance(given, Tensor) and given.dim() == 0)
-        sample = relabel(data[place], int(given)) if plain else given
+        label = _integer(given)
+        sample = given if label is None else relabel(data[place], label)
         items.append(Item("relabelled", (place,), 1, label=label_of([sample], 0)))
         made.append(Change((place,), samples=(sample,)))
         predicted.append(rows.scores[at[0]])

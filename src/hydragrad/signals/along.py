@@ -14,6 +14,7 @@ from hydragrad.labels import Relabel
 from hydragrad.retraining.measuring import queries_of
 from hydragrad.run import Run, kept_random_state
 from hydragrad.shapes import Float, Int
+from hydragrad.signals.probabilities import Scale
 from hydragrad.signals.trying import LabelLosses, el2n
 from hydragrad.trajectory.state import State
 
@@ -49,9 +50,10 @@ def mean_losses(run: Run, most: int = MOST) -> Float[Tensor, " N"]:
 class Candidates:
     """Every label tried on every example in the states along the run, averaged over them.
 
-    With p the softmax over the labels of minus the losses and y the example's own label: ``loss`` [N]: as trained;
-    ``losses`` [N, C]; ``confidence`` [N, C]: p; ``el2n`` [N]: ||p - onehot(y)||; ``margin`` [N]: max over c != y of
-    p_c, minus p_y; ``late`` [N]: 1 - p_y, averaged over the states in the second half of the run.
+    With p the model's probabilities as the losses show them (``scale``: how), and y the example's own label: ``loss``
+    [N]: as trained; ``losses`` [N, C]: without the weights of classes; ``confidence`` [N, C]: p; ``el2n`` [N]:
+    ||p - onehot(y)||; ``margin`` [N]: max over c != y of p_c, minus p_y; ``late`` [N]: 1 - p_y, averaged over the
+    states in the second half of the run.
     """
 
     loss: Float[Tensor, " N"]
@@ -60,6 +62,7 @@ class Candidates:
     el2n: Float[Tensor, " N"]
     margin: Float[Tensor, " N"]
     late: Float[Tensor, " N"]
+    scale: Scale
 
 
 def candidate_labels(
@@ -79,15 +82,30 @@ def candidate_labels(
     states, own = stored_along(run, most), given[:, None]
     latest = [step for step in states if 2 * step > states[-1]]
     total: list[Tensor] = []
-    for step in tqdm(states, desc="trying labels", unit="state", delay=2, disable=not progress):
+    scale: Scale | None = None
+    todo = states[::-1]  # the last first: there losses tell weights of classes best
+    bar = tqdm(total=len(states), desc="trying labels", unit="state", delay=2, disable=not progress)
+    while todo:
+        step = todo.pop(0)
         loss, losses = tried(run.trajectory.state(step))
+        if scale is None:
+            scale = Scale.of(losses)
+        elif scale.fits and not scale.holds(losses):  # what explained the losses so far does not explain these
+            scale = Scale.of(losses) if scale.weights is None else Scale(None, False)
+            todo, total = states[::-1], []
+            bar.reset()
+            continue
+        bar.update()
+        losses = scale.unweighted(losses)
         p = torch.softmax(-losses, 1)
         quality = p.gather(1, own)[:, 0]
         late = (1 - quality) * (len(states) / len(latest) if step in latest else 0)
         margin = p.scatter(1, own, -1.0).max(1).values - quality
         now = [x / len(states) for x in (loss, losses, p, el2n(p, given), margin, late)]
         total = now if not total else [sums + x for sums, x in zip(total, now, strict=True)]
-    return Candidates(*total)
+    bar.close()
+    assert scale is not None
+    return Candidates(*total, scale=scale)
 
 
 def self_influence(run: Run, most: int = MOST) -> Float[Tensor, " N"]:

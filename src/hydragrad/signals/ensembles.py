@@ -17,6 +17,7 @@ from hydragrad.retraining.counterfactual import Change
 from hydragrad.retraining.measuring import Question, Retrainer
 from hydragrad.run import Run
 from hydragrad.shapes import Float, Int
+from hydragrad.signals.probabilities import PLAIN, Scale
 from hydragrad.signals.trying import LabelLosses, el2n
 from hydragrad.trajectory.state import State
 
@@ -48,23 +49,25 @@ def halves(count: int, replays: int, seed: int) -> list[Change]:
 @final
 @dataclass(frozen=True)
 class Errors:
-    """||p_i - onehot(y_i)|| (EL2N) of every training example at a state; p: the softmax over labels of minus losses.
+    """||p_i - onehot(y_i)|| (EL2N) of every training example at a state; p: the probabilities that the losses show.
 
-    ``places``: of the examples' own labels among the ``classes``.
+    ``places``: of the examples' own labels among the ``classes``; ``scale``: how losses show probabilities.
     """
 
     classes: tuple[int, ...]
     places: tuple[int, ...]
     relabel: Relabel
+    scale: Scale = PLAIN
 
     @property
     def description(self) -> dict[str, Any]:
         """Plain values that tell these errors from others."""
-        return {"el2n of": sha256(repr((self.classes, self.places)).encode())}
+        weights = {} if self.scale.weights is None else {"weights of classes": list(self.scale.weights)}
+        return {"el2n of": sha256(repr((self.classes, self.places)).encode()), **weights}
 
     def __call__(self, run: Run) -> Callable[[State], Tensor]:
         losses, own = LabelLosses(run, self.classes, self.relabel), torch.tensor(self.places)
-        return lambda state: el2n(torch.softmax(-losses(state)[1].double(), 1), own)
+        return lambda state: el2n(torch.softmax(-self.scale.unweighted(losses(state)[1].double()), 1), own)
 
 
 def ensemble_errors(
@@ -74,6 +77,7 @@ def ensemble_errors(
     relabel: Relabel,
     replays: int = REPLAYS,
     *,
+    scale: Scale = PLAIN,
     seed: int = 0,
     jobs: int | None = None,
     resume: str | Path | None = None,
@@ -81,7 +85,8 @@ def ensemble_errors(
 ) -> Float[Tensor, " N"]:
     """||p_i - onehot(y_i)|| at the end of replays on random halves of the data, averaged over the replays.
 
-    ``given``: the place of each example's own label among the classes. ``jobs``, ``resume``: as ``validate`` has them.
+    ``given``: the place of each example's own label among the classes; ``scale``: how losses show probabilities.
+    ``jobs``, ``resume``: as ``validate`` has them.
     """
     question = Question(
         folder=run.trajectory.folder.resolve(),
@@ -89,7 +94,7 @@ def ensemble_errors(
         queries=run.problem.data,
         columns=Columns.make(None, run.num_examples),
         until=run.num_steps,
-        values=Errors(tuple(classes), tuple(given.tolist()), relabel),
+        values=Errors(tuple(classes), tuple(given.tolist()), relabel, scale),
     )
     changes = halves(run.num_examples, replays, seed)
     done, _ = carried_out(Retrainer(question, run), changes, jobs, resume, None, progress)
