@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from hydragrad.errors import MismatchError, NonFiniteError
 from hydragrad.trajectory.batches import BatchSource
+from hydragrad.trajectory.optimizers import rewrites_gradients
 from hydragrad.trajectory.recording import record
 from hydragrad.verification import verify
+from tests.step.options import OPTIONS
 from tests.trajectory.loops import (
     CLASSES,
     FEATURES,
@@ -273,3 +275,23 @@ def test_a_buffer_that_is_assigned_is_recorded_and_replayed(tmp_path: Path) -> N
     assert torch.equal(run.trajectory.state(run.num_steps).buffers["mean"], model.mean)
     assert torch.equal(run.replay().buffers["mean"], model.mean)
     assert verify(run).exact
+
+
+@pytest.mark.parametrize("way", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+def test_it_is_known_which_updates_write_into_the_gradient(way: dict[str, bool]) -> None:
+    """A replay keeps a copy of the gradient before those, and of no other: a copy costs a pass over memory."""
+    wrote = set()
+    for name, hyper in OPTIONS:
+        if way.get("fused") and name not in ("SGD", "Adam", "AdamW", "Adagrad"):
+            continue
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3)), torch.nn.Parameter(torch.ones(2))]
+        optimizer = getattr(torch.optim, name)(params, **hyper, **way)
+        for _ in range(2):
+            for param in params:
+                param.grad = param.detach().cos()
+            before = [param.grad.clone() for param in params if param.grad is not None]
+            optimizer.step()
+            same = all(torch.equal(g, p.grad) for g, p in zip(before, params, strict=True) if p.grad is not None)
+            assert same or rewrites_gradients(optimizer), (name, hyper)
+            wrote |= set() if same else {name}
+    assert wrote == ({"SGD"} if way.get("foreach") else set())

@@ -116,6 +116,17 @@ def build_optimizer(described: dict[str, Any], groups: tuple[Hyper, ...], params
     )
 
 
+def rewrites_gradients(optimizer: Optimizer) -> bool:
+    """Whether a step may write into the gradients: SGD's foreach kernel adds Nesterov's momentum to them in place.
+
+    Weight decay and ``maximize`` make a copy first; every other update here leaves the gradients alone.
+    """
+    return any(
+        group.get("nesterov") and group.get("foreach") is not False and not (group["weight_decay"] or group["maximize"])
+        for group in optimizer.param_groups
+    )
+
+
 def torch_optimizer(described: dict[str, Any]) -> type[Any] | None:
     """The recorded class if it is one of torch.optim's optimizers; nothing else is ever looked up or called."""
     cls = getattr(torch.optim, described["class"], None)

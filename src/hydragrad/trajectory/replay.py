@@ -21,7 +21,7 @@ from hydragrad.trajectory.batches import BatchSource, to_device
 from hydragrad.trajectory.binding import lay_out
 from hydragrad.trajectory.digests import batch_digests
 from hydragrad.trajectory.fingerprints import GradientFingerprint
-from hydragrad.trajectory.optimizers import build_optimizer, restore_optimizer
+from hydragrad.trajectory.optimizers import build_optimizer, restore_optimizer, rewrites_gradients
 from hydragrad.trajectory.randomness import DrawReader, RandomState
 from hydragrad.trajectory.sparing import suspects
 from hydragrad.trajectory.state import Hyper, State, StepRecord, capture_state, live_buffers
@@ -58,7 +58,7 @@ class Replayer:
     ``differences``: step -> relative difference of its gradient, for compared steps that were not equal bit for bit;
     ``random``: the state from which each micro-batch of the last step drew, then each skipped batch (``passes``), None
     where it drew nothing; ``raw``: its
-    gradient by name before it was clipped, None where it was not. Random numbers are those of the recording, also with
+    gradient by name as the loss gave it, where clipping or the update may have written into it, else None. Random numbers are those of the recording, also with
     weights, and the caller's generators are left alone.
     Example: ``r = Replayer(problem, trajectory); r.restore(trajectory.state(0)); r.advance(trajectory.steps[0])``.
     """
@@ -84,6 +84,7 @@ class Replayer:
         self._none: frozenset[str] | None = None
         self._frozen: frozenset[str] = frozenset()
         self._trained: list[Tensor] = []
+        self._rewrites = False
         self._checked_weights: Tensor | None = None
         groups = trajectory.steps[0].groups if trajectory.steps else tuple({} for _ in manifest.optimizer["groups"])
         self._optimizer = build_optimizer(manifest.optimizer, groups, self._params)
@@ -114,7 +115,9 @@ class Replayer:
         return live_buffers(self.module, self._buffers) if self._buffers else {}
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients of the step taken last, by parameter name (absent: none came)."""
+        """The gradients of the step taken last as the loss gave them, by parameter name (absent: none came)."""
+        if self.raw is not None:
+            return self.raw
         return {name: param.grad for name, param in self._params.items() if param.grad is not None}
 
     def passed(self, step: StepRecord, *, compare: bool = True) -> list[tuple[Tensor, Any]]:
@@ -220,7 +223,7 @@ class Replayer:
 
     def _clip(self, step: StepRecord) -> None:
         self.raw = None
-        if step.clips:
+        if step.clips or self._rewrites:
             self.raw = {name: p.grad.clone() for name, p in self._params.items() if p.grad is not None}
         for clip in step.clips:
             clip.apply_(self._params)
@@ -230,7 +233,7 @@ class Replayer:
         if step.groups is not self._groups:
             for group, hyper in zip(self._optimizer.param_groups, step.groups, strict=True):
                 group.update(hyper)
-            self._groups = step.groups
+            self._groups, self._rewrites = step.groups, rewrites_gradients(self._optimizer)
         if step.modes is not self._modes and step.modes:
             self._follow_modes(step.modes)
             self._modes = step.modes
