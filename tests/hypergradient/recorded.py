@@ -78,13 +78,13 @@ def clip_gradients(recording: hg.Recording, model: nn.Module, clips: float | Seq
             recording.clip_grad_norm_(chosen, clip.limit, clip.p)
 
 
-def train(recipe: Recipe, path: Path, epochs: Sequence[Any], **given: Any) -> nn.Module:
-    """Record the recipe's run, with `given` arguments; the trained model."""
+def train(recipe: Recipe, path: Path, epochs: Sequence[Any], **more: Any) -> nn.Module:
+    """Record the recipe's run, with `more` arguments; the trained model."""
     model = copy.deepcopy(recipe.model)
     optimizer = optimizer_of(recipe, model)
     loader = DataLoader(recipe.samples, batch_sampler=Passes(epochs))  # type: ignore[arg-type]
     names = trainable(model)
-    with hg.record(path, model, optimizer, **given) as recording:
+    with hg.record(path, model, optimizer, **more) as recording:
         t, waiting = 0, len(recipe.steps[0])
         for _ in epochs:
             for batch in recording.batches(loader):

@@ -21,8 +21,9 @@ def gradient_gap(
 ) -> float:
     """||g' - g|| / ||g||: the objective's gradient g', summed over a step's micro-batches, against the replayed one.
 
-    ``gradient``: by parameter name, absent where none came from the loss; ``limit``: what is more than rounding (None: by dtype; half
-    precision needs a wider one). Raises MismatchError above it: derivatives of another function would be worthless.
+    ``gradient``: by parameter name, absent where none came from the loss; ``limit``: what is more than rounding (None:
+    by dtype; half precision needs a wider one). Raises MismatchError above it: derivatives of another function would be
+    worthless.
     """
     total = [torch.zeros_like(p) for p in points[0].params]
     with objective.differentiable(), torch.enable_grad():
