@@ -44,6 +44,11 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "sgd-nesterov": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=True),
     "sgd-tensor-lr": lambda m: torch.optim.SGD(m.parameters(), lr=torch.tensor(0.1), maximize=True),
     "adam": lambda m: torch.optim.Adam(m.parameters(), lr=0.01, weight_decay=0.1),
+    "adam-tensor-lr": lambda m: torch.optim.Adam(m.parameters(), lr=torch.tensor(0.01)),
+    "adam-double-lr": lambda m: torch.optim.Adam(m.parameters(), lr=torch.tensor([0.01], dtype=torch.float64)),
+    "adamw-tensors": lambda m: torch.optim.AdamW(
+        m.parameters(), lr=torch.tensor(0.01), betas=(torch.tensor(0.9), torch.tensor(0.99)), foreach=False
+    ),
     "adam-fused": lambda m: torch.optim.Adam(m.parameters(), lr=0.01, fused=True),
     "adamw-amsgrad": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, amsgrad=True),
     "rmsprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.01, centered=True, momentum=0.9),
@@ -274,6 +279,30 @@ def test_a_buffer_that_is_assigned_is_recorded_and_replayed(tmp_path: Path) -> N
     run = bind(tmp_path / "run", model=Assigning())
     assert torch.equal(run.trajectory.state(run.num_steps).buffers["mean"], model.mean)
     assert torch.equal(run.replay().buffers["mean"], model.mean)
+    assert verify(run).exact
+
+
+def test_a_tensor_for_a_learning_rate_that_a_scheduler_fills_and_the_loop_replaces(tmp_path: Path) -> None:
+    """In place at every step; by another dtype and by a number later."""
+    model, data = make_model(), make_data()
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.01))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+    group, given = optimizer.param_groups[0], [torch.tensor(0.02, dtype=torch.float64), 0.03]
+
+    def on_step() -> None:
+        scheduler.step()
+        if len(rates) in (3, 6):
+            group["lr"] = given.pop(0)
+        rates.append((type(group["lr"]), float(group["lr"])))
+
+    rates: list[tuple[type, float]] = [(Tensor, float(torch.tensor(0.01)))]
+    record_run(tmp_path / "run", model, optimizer, data, on_step=on_step)
+    run = bind(tmp_path / "run", data=data)
+    groups = [step.groups[0] for step in run.steps]
+    named = [{name: dtype for name, dtype, *_ in group.get("tensors", ())} for group in groups]
+    kinds = [Tensor if "lr" in tensors else float for tensors in named]
+    assert list(zip(kinds, [group["lr"] for group in groups], strict=True)) == rates[:-1]
+    assert [tensors.get("lr") for tensors in named[:7]] == ["float32"] * 3 + ["float64"] * 3 + [None]
     assert verify(run).exact
 
 
