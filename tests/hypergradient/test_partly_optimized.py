@@ -18,7 +18,7 @@ from tests.zoo import case
 
 PROBLEM = case("mlp_tanh")
 LAYERS = {"head": ["2.weight", "2.bias"], "body": ["0.weight", "0.bias"]}
-RATES = {"lr": 0.1, "momentum": 0.9}
+RATES: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
 EXAMPLES = [3, 11, 0, 6]
 
 

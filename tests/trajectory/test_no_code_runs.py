@@ -92,14 +92,7 @@ def test_names_of_functions_are_shown_and_never_called(folder: Path, monkeypatch
 def test_hyperparameters_that_no_optimizer_takes(folder: Path) -> None:
     name = "steps/00000000.safetensors"
     tables = tables_of(folder / name)
-    forms = [
-        1,
-        (1,),
-        (("lr",),),
-        (("lr", "load", 0, "cpu"),),
-        (("lr", "float32", 2, "cpu"),),
-        (("no", "float32", 0, ""),),
-    ]
+    rows: list[Any] = [("lr",), ("lr", "load", 0, "cpu"), ("lr", "float32", 2, "cpu"), ("no", "float32", 0, "cpu")]
     odds = [{"lr": "fast"}, {"momentum": None}, {"nesterov": "yes"}, {"weight_decay": (0.1,)}, {"lr": {}}]
     for odd in [*odds, {"tensors": 1}, *({"tensors": (row,)} for row in rows)]:
         altered = {**tables, "groups": [({**tables["groups"][0][0], **odd},)]}
