@@ -47,6 +47,7 @@ class Recipe:
     `penalty(parameters by name)` is added to every step's objective.
     `modes(model, t)` may change modules' modes before step t, which starts from `model.train()`.
     `weights` `[N]`: example i's loss counts `weights[i] + eps_i` times; 1 unless given.
+    `frozen(t)`: names of parameters that do not train at step t, whose gradients the loop keeps as zeros.
     """
 
     model: nn.Module
@@ -60,6 +61,11 @@ class Recipe:
     modes: Callable[[nn.Module, int], None] = lambda model, t: None
     penalty: Callable[[Mapping[str, Tensor]], Tensor] = lambda params: torch.zeros(())
     weights: Tensor | None = None
+    frozen: Callable[[int], Sequence[str]] | None = None
+
+    def still(self, t: int) -> Sequence[str]:
+        """What `frozen` names at step t."""
+        return [] if self.frozen is None else self.frozen(t)
 
     def hyper(self, t: int) -> dict[str, dict[str, Any]]:
         """The full hyperparameters of each parameter at step t."""
@@ -176,6 +182,7 @@ def unroll(recipe: Recipe, create_graph: bool = True, tokens: int | None = None)
             for name, g in zip(w, raw, strict=True):
                 if g is not None:
                     summed[name] = summed[name] + g if name in summed else g
+        summed |= {name: torch.zeros_like(w[name]) for name in recipe.still(t)}
         gradients = _clipped(summed, recipe.clip)
         w, hyper = dict(w), recipe.hyper(t)
         for name, g in gradients.items():
@@ -273,9 +280,12 @@ def recursion(recipe: Recipe, method: str) -> Recursion:
         values = moved(u, ids)
         return torch.cat([w[:0], *(values[name].flatten() for name in floats)])
 
-    first = recipe.hyper(0)
-    states = {n: initial_state(recipe.optimizer, p, first[n]) for n, p in unflat(w).items()}
-    scalars = {n: state[1] for n, state in states.items()}
+    hypers = [recipe.hyper(t) for t in range(len(recipe.steps))]
+    states = {  # slots of all steps: some hyperparameters switch them on and off
+        n: ({k: x for h in hypers for k, x in initial_state(recipe.optimizer, p, h[n])[0].items()},)
+        for n, p in unflat(w).items()
+    }
+    scalars = {n: initial_state(recipe.optimizer, p, hypers[0][n])[1] for n, p in unflat(w).items()}
     keys = [(n, slot) for n, state in states.items() for slot in state[0]]
     s = torch.cat([states[n][0][slot].flatten() for n, slot in keys] or [w[:0]])
     h_z = torch.zeros(len(w) + len(s), len(recipe.samples), dtype=w.dtype)
@@ -314,6 +324,8 @@ def recursion(recipe: Recipe, method: str) -> Recursion:
             after = moved(u, ids)
             y, v = found @ h_y, torch.cat([w[:0], *(after[name].detach().flatten() for name in floats)])
             counters = {name: after[name] for name in counters}
+        moves = torch.cat([torch.full((k.numel(),), n not in recipe.still(t)).to(w) for n, k in names.items()])
+        total, dg = total * moves, dg * moves[:, None]
         x, now = torch.cat([w, s, total]), partial(update, t=t, scalars=scalars)
         h_z = jacobian(lambda x, now=now: now(x)[0], x, vectorize=True) @ torch.cat([h_z, dg])
         stepped, scalars = now(x)

@@ -296,16 +296,15 @@ def _sweep_block(
     """One sweep for the chosen columns, from the sensitivities at the end to the finished scores and their sizes."""
     sweep, engine = wanted.sweep, plan.chosen.engine
     slopes, of_buffers = wanted.queries.sensitivities(way.end, wanted.columns, chosen)
-    slots = sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups)
     scores.open(chosen, sweep.replayer.device)
     linear = sweep.optimizer.update.linear
     moments = Backwards(sweep.replayer, way.trajectory, sweep.stop, plan.segment, plan.on_disk, linear=linear)
     common = (min(plan.block, chosen.stop - chosen.start), scores.add, watch)
     if isinstance(engine, ScaledEngine):
-        watch.begin(direction_of(slopes, slots, sweep.optimizer))
-        hessian_free_sweep(moments.stretches(), sweep.objective, sweep.optimizer, engine, slopes, slots, *common)
+        watch.begin(direction_of(slopes, sweep.slots, sweep.optimizer))
+        hessian_free_sweep(moments.stretches(), sweep.objective, sweep.optimizer, engine, slopes, sweep.slots, *common)
     else:
-        adjoint = start(slopes, slots, of_buffers)
+        adjoint = start(slopes, sweep.slots, of_buffers)
         del slopes, of_buffers
         watch.begin(adjoint)
         reverse_sweep(moments.stretches(), sweep.objective, sweep.optimizer, engine, adjoint, *common)

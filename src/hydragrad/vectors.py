@@ -198,7 +198,6 @@ def _sweep_blocks(
     sweep: Sweep, plan: Plan, ids: Tensor, vectors: Tensor, buffers: Tensor, check: bool, progress: bool
 ) -> None:
     run = sweep.run
-    slots = sweep.optimizer.slots(run.steps[0].groups)
     state = sweep.replayer.state()
     params = [state.params[name] for name in sweep.objective.names]
     carried = [state.buffers[name] for name in sweep.objective.carried]
@@ -206,7 +205,7 @@ def _sweep_blocks(
     with bar:
         for first in range(0, len(ids), plan.carried):
             chosen = ids[first : first + plan.carried]
-            tangents = Tangents(params, slots, len(chosen), carried)
+            tangents = Tangents(params, sweep.slots, len(chosen), carried)
             bad = FirstBad((*sweep.objective.names, *sweep.objective.carried))
 
             def watch(step: int, tangents: Tangents = tangents, bad: FirstBad = bad) -> None:

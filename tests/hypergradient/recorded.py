@@ -78,16 +78,19 @@ def clip_gradients(recording: hg.Recording, model: nn.Module, clips: float | Seq
             recording.clip_grad_norm_(chosen, clip.limit, clip.p)
 
 
-def train(recipe: Recipe, path: Path, epochs: Sequence[Any]) -> nn.Module:
-    """Record the recipe's run; the trained model."""
+def train(recipe: Recipe, path: Path, epochs: Sequence[Any], **more: Any) -> nn.Module:
+    """Record the recipe's run, with `more` arguments; the trained model."""
     model = copy.deepcopy(recipe.model)
     optimizer = optimizer_of(recipe, model)
     loader = DataLoader(recipe.samples, batch_sampler=Passes(epochs))  # type: ignore[arg-type]
-    with hg.record(path, model, optimizer) as recording:
+    names = trainable(model)
+    with hg.record(path, model, optimizer, **more) as recording:
         t, waiting = 0, len(recipe.steps[0])
         for _ in epochs:
             for batch in recording.batches(loader):
                 recipe.modes(model.train(), t)
+                for name in names:
+                    model.get_parameter(name).requires_grad_(name not in recipe.still(t))
                 scalar = scalar_of(recipe, batch, recipe.loss(model, batch))
                 if waiting == len(recipe.steps[t]):  # the step's first micro-batch
                     scalar = scalar + recipe.penalty(dict(model.named_parameters()))
@@ -99,7 +102,7 @@ def train(recipe: Recipe, path: Path, epochs: Sequence[Any]) -> nn.Module:
                     group.update(given if isinstance(given, Mapping) else given[t])
                 clip_gradients(recording, model, recipe.clip)
                 optimizer.step()
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=recipe.frozen is None)
                 t += 1
                 waiting = len(recipe.steps[t]) if t < len(recipe.steps) else 0
     assert t == len(recipe.steps)
@@ -112,11 +115,11 @@ def load(recipe: Recipe, path: Path, **more: Any) -> Any:
     return hg.load(path, model=model, loss=recipe.loss, data=recipe.samples, reduction=recipe.reduction, **more)
 
 
-def recorded(recipe: Recipe, path: Path, epochs: Sequence[Any] = EPOCHS) -> Any:
+def recorded(recipe: Recipe, path: Path, epochs: Sequence[Any] = EPOCHS, **given: Any) -> Any:
     """Record, then load."""
     if recipe.steps is STEPS and epochs is not EPOCHS:
         recipe = replace(recipe, steps=[step for epoch in epochs for step in epoch])
-    train(recipe, path, epochs)
+    train(recipe, path, epochs, **given)
     return load(recipe, path)
 
 

@@ -138,7 +138,7 @@ def sweep_with(engine: Engine, sweep: Sweep, problem: Case) -> Tensor:
     asked = Queries(sweep.run.problem, problem.queries, names, None, sweep.replayer.device, "samples", carried)
     count = len(problem.queries)
     slopes, of_buffers = asked.sensitivities(sweep.end(), Columns.make(None, count), slice(0, count))
-    adjoint = start(slopes, sweep.optimizer.slots(sweep.run.steps[0].groups), of_buffers)
+    adjoint = start(slopes, sweep.slots, of_buffers)
     scores = torch.zeros(sweep.run.num_examples, count, dtype=torch.float64)
 
     def sink(ids: Tensor, chosen: slice, terms: Tensor, epoch: int) -> None:

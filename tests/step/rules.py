@@ -1,7 +1,8 @@
 """torch.optim's optimizers in plain formulas: the oracles' own, sharing no code with hydragrad.
 
 A rule is `(w, g, slots, hyper, scalars) -> (w', slots', scalars')`, differentiable in w, g and slots; `slots` are the
-state's tensors under torch.optim's names, `scalars` its numbers before the step.
+state's tensors under torch.optim's names, `scalars` its numbers before the step. Slots that a rule does not use with
+these hyperparameters stay as they are.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ def _coupled(w: Tensor, g: Tensor, hyper: Mapping[str, Any]) -> Tensor:
 def _sgd(w: Tensor, g: Tensor, slots: Tensors, hyper: Mapping[str, Any], scalars: Scalars):
     g, mu = _coupled(w, g, hyper), hyper["momentum"]
     if mu == 0:
-        return w - hyper["lr"] * g, {}, {"first": 0.0}
+        return w - hyper["lr"] * g, slots, scalars
     buffer = g if scalars["first"] else mu * slots["momentum_buffer"] + (1 - hyper["dampening"]) * g
     direction = g + mu * buffer if hyper["nesterov"] else buffer
     return w - hyper["lr"] * direction, {"momentum_buffer": buffer}, {"first": 0.0}
@@ -40,7 +41,7 @@ def _adam(w: Tensor, g: Tensor, slots: Tensors, hyper: Mapping[str, Any], scalar
         g, w = -g if hyper["maximize"] else g, w * (1 - lr * hyper["weight_decay"])
     else:
         g = _coupled(w, g, hyper)
-    new = {"exp_avg": beta1 * slots["exp_avg"] + (1 - beta1) * g}
+    new = {**slots, "exp_avg": beta1 * slots["exp_avg"] + (1 - beta1) * g}
     second = new["exp_avg_sq"] = beta2 * slots["exp_avg_sq"] + (1 - beta2) * g * g
     if hyper["amsgrad"]:
         second = new["max_exp_avg_sq"] = torch.maximum(slots["max_exp_avg_sq"], second)
@@ -51,7 +52,7 @@ def _adam(w: Tensor, g: Tensor, slots: Tensors, hyper: Mapping[str, Any], scalar
 def _rmsprop(w: Tensor, g: Tensor, slots: Tensors, hyper: Mapping[str, Any], scalars: Scalars):
     g, alpha = _coupled(w, g, hyper), hyper["alpha"]
     second = alpha * slots["square_avg"] + (1 - alpha) * g * g
-    new = {"square_avg": second}
+    new = {**slots, "square_avg": second}
     if hyper["centered"]:
         new["grad_avg"] = alpha * slots["grad_avg"] + (1 - alpha) * g
         second = second - new["grad_avg"] ** 2

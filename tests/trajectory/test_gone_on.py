@@ -61,6 +61,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "sampler": {"loader": weighted_loader},
     "augmented": {"data": lambda: Augmented(Noisy())},
     "adam": {"optimizer": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01)},
+    "tensors": {
+        "optimizer": lambda model: torch.optim.AdamW(
+            model.parameters(), lr=torch.tensor(0.01), betas=(torch.tensor(0.9), torch.tensor(0.99)), foreach=False
+        )
+    },
     "by-step": {"schedule": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.2, total_steps=60), "by_step": True},
     "by-epoch": {"schedule": lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [1, 3])},
     "accumulated": {"together": 2, "model": dropping},

@@ -92,11 +92,13 @@ def test_names_of_functions_are_shown_and_never_called(folder: Path, monkeypatch
 def test_hyperparameters_that_no_optimizer_takes(folder: Path) -> None:
     name = "steps/00000000.safetensors"
     tables = tables_of(folder / name)
-    for odd in ({"lr": "fast"}, {"momentum": None}, {"nesterov": "yes"}, {"weight_decay": (0.1,)}, {"lr": {}}):
+    rows: list[Any] = [("lr",), ("lr", "load", 0, "cpu"), ("lr", "float32", 2, "cpu"), ("no", "float32", 0, "cpu")]
+    odds = [{"lr": "fast"}, {"momentum": None}, {"nesterov": "yes"}, {"weight_decay": (0.1,)}, {"lr": {}}]
+    for odd in [*odds, {"tensors": 1}, *({"tensors": (row,)} for row in rows)]:
         altered = {**tables, "groups": [({**tables["groups"][0][0], **odd},)]}
         save_file(load_file(folder / name), folder / name, {"tables": dumps(altered)})
         replace_file(folder, name, (folder / name).read_bytes())
-        with pytest.raises(StoreError, match=rf"{name} holds steps .* hyperparameters of SGD"):
+        with pytest.raises(StoreError, match=rf"{name} holds steps .* hyperparameters of"):
             Trajectory(folder)
 
 

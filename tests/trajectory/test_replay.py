@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from hydragrad.errors import MismatchError, NonFiniteError
 from hydragrad.trajectory.batches import BatchSource
+from hydragrad.trajectory.optimizers import rewrites_gradients
 from hydragrad.trajectory.recording import record
 from hydragrad.verification import verify
+from tests.step.options import OPTIONS
 from tests.trajectory.loops import (
     CLASSES,
     FEATURES,
@@ -42,6 +44,11 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "sgd-nesterov": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=True),
     "sgd-tensor-lr": lambda m: torch.optim.SGD(m.parameters(), lr=torch.tensor(0.1), maximize=True),
     "adam": lambda m: torch.optim.Adam(m.parameters(), lr=0.01, weight_decay=0.1),
+    "adam-tensor-lr": lambda m: torch.optim.Adam(m.parameters(), lr=torch.tensor(0.01)),
+    "adam-double-lr": lambda m: torch.optim.Adam(m.parameters(), lr=torch.tensor([0.01], dtype=torch.float64)),
+    "adamw-tensors": lambda m: torch.optim.AdamW(
+        m.parameters(), lr=torch.tensor(0.01), betas=(torch.tensor(0.9), torch.tensor(0.99)), foreach=False
+    ),
     "adam-fused": lambda m: torch.optim.Adam(m.parameters(), lr=0.01, fused=True),
     "adamw-amsgrad": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, amsgrad=True),
     "rmsprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.01, centered=True, momentum=0.9),
@@ -273,3 +280,47 @@ def test_a_buffer_that_is_assigned_is_recorded_and_replayed(tmp_path: Path) -> N
     assert torch.equal(run.trajectory.state(run.num_steps).buffers["mean"], model.mean)
     assert torch.equal(run.replay().buffers["mean"], model.mean)
     assert verify(run).exact
+
+
+def test_a_tensor_for_a_learning_rate_that_a_scheduler_fills_and_the_loop_replaces(tmp_path: Path) -> None:
+    """In place at every step; by another dtype and by a number later."""
+    model, data = make_model(), make_data()
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.01))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+    group, given = optimizer.param_groups[0], [torch.tensor(0.02, dtype=torch.float64), 0.03]
+
+    def on_step() -> None:
+        scheduler.step()
+        if len(rates) in (3, 6):
+            group["lr"] = given.pop(0)
+        rates.append((type(group["lr"]), float(group["lr"])))
+
+    rates: list[tuple[type, float]] = [(Tensor, float(torch.tensor(0.01)))]
+    record_run(tmp_path / "run", model, optimizer, data, on_step=on_step)
+    run = bind(tmp_path / "run", data=data)
+    groups = [step.groups[0] for step in run.steps]
+    named = [{name: dtype for name, dtype, *_ in group.get("tensors", ())} for group in groups]
+    kinds = [Tensor if "lr" in tensors else float for tensors in named]
+    assert list(zip(kinds, [group["lr"] for group in groups], strict=True)) == rates[:-1]
+    assert [tensors.get("lr") for tensors in named[:7]] == ["float32"] * 3 + ["float64"] * 3 + [None]
+    assert verify(run).exact
+
+
+@pytest.mark.parametrize("way", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+def test_it_is_known_which_updates_write_into_the_gradient(way: dict[str, bool]) -> None:
+    """A replay keeps a copy of the gradient before those, and of no other: a copy costs a pass over memory."""
+    wrote = set()
+    for name, hyper in OPTIONS:
+        if way.get("fused") and name not in ("SGD", "Adam", "AdamW", "Adagrad"):
+            continue
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3)), torch.nn.Parameter(torch.ones(2))]
+        optimizer = getattr(torch.optim, name)(params, **hyper, **way)
+        for _ in range(2):
+            for param in params:
+                param.grad = param.detach().cos()
+            before = [param.grad.clone() for param in params if param.grad is not None]
+            optimizer.step()
+            same = all(torch.equal(g, p.grad) for g, p in zip(before, params, strict=True) if p.grad is not None)
+            assert same or rewrites_gradients(optimizer), (name, hyper)
+            wrote |= set() if same else {name}
+    assert wrote == ({"SGD"} if way.get("foreach") else set())

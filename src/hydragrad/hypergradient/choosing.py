@@ -145,7 +145,8 @@ def _probe_point(sweep: Sweep) -> tuple[Point, float, float]:
     moment = Moment(record, state_on(state, replayer.device), gradient, batches, replayer.random)
     points = [point for _, _, point in points_of(moment, sweep.objective)]
     if not known:
-        sweep.run.memo[key] = (seconds, gradient_gap(sweep.objective, points, gradient, sweep.gap_limit))
+        flowing = {name: g for name, g in gradient.items() if name not in record.frozen}
+        sweep.run.memo[key] = (seconds, gradient_gap(sweep.objective, points, flowing, sweep.gap_limit))
     replay, gap = sweep.run.memo[key]
     return max(points, key=lambda point: bool(point.coefficients.any())), replay, gap  # the first that was not skipped
 
@@ -163,8 +164,7 @@ def _sizes(sweep: Sweep, point: Point, method: str) -> Sizes:
     number = point.params[0].element_size()
     size = sum(p.numel() for p in point.params) * number
     buffers = sum(v.nbytes for v in point.carried)
-    slots = sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups)
-    state_slots = sum(p.numel() * len(names) for p, names in zip(point.params, slots, strict=True)) * number
+    state_slots = sum(p.numel() * len(names) for p, names in zip(point.params, sweep.slots, strict=True)) * number
     activations = activation_bytes(sweep.objective, point)
     whole = sum(x.nbytes for x in (*sweep.objective.module.parameters(), *sweep.objective.module.buffers()))
     stored = whole + state_slots + _RANDOM

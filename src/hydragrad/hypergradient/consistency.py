@@ -21,8 +21,9 @@ def gradient_gap(
 ) -> float:
     """||g' - g|| / ||g||: the objective's gradient g', summed over a step's micro-batches, against the replayed one.
 
-    ``gradient``: by parameter name, absent where none came; ``limit``: what is more than rounding (None: by dtype; half
-    precision needs a wider one). Raises MismatchError above it: derivatives of another function would be worthless.
+    ``gradient``: by parameter name, absent where none came from the loss; ``limit``: what is more than rounding (None:
+    by dtype; half precision needs a wider one). Raises MismatchError above it: derivatives of another function would be
+    worthless.
     """
     total = [torch.zeros_like(p) for p in points[0].params]
     with objective.differentiable(), torch.enable_grad():
@@ -33,7 +34,7 @@ def gradient_gap(
             )
             for held, g in zip(total, torch.autograd.grad(scalar, params, materialize_grads=True), strict=True):
                 held += g
-    # where no gradient came (a layer frozen at this step) the step used none, and there is nothing to compare
+    # where no gradient came (a layer frozen at this step) there is nothing to compare
     total = [held for name, held in zip(objective.names, total, strict=True) if name in gradient]
     taken = [gradient[name] for name in objective.names if name in gradient]
     apart = _norm([a - b for a, b in zip(total, taken, strict=True)])
@@ -69,4 +70,4 @@ def _above(gap: float) -> float:
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([x.double().norm() for x in tensors]).norm())
+    return float(torch.stack([x.double().norm() for x in tensors]).norm()) if tensors else 0.0

@@ -11,7 +11,7 @@ from hydragrad.hypergradient.penalised import hessian_twice
 from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.pushing import Push
 from hydragrad.hypergradient.queries import pulled_back
-from hydragrad.step.clipping import Clipping
+from hydragrad.hypergradient.stepping import linearized
 from hydragrad.step.objective import Objective, Point, Vectors
 from hydragrad.step.optimizer_map import OptimizerMap
 from hydragrad.step.updates import Slots
@@ -66,10 +66,7 @@ def forward_sweep(
     push = Push("hessian-free" if engine is None else engine.method, objective) if objective.carried else None
     for moment in moments:
         with objective.differentiable():
-            clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
-            linearizations = optimizer.linearize(
-                moment.state.params, moment.state.optimizer, clipping.clipped, moment.record.groups
-            )
+            clipping, linearizations = linearized(moment, optimizer)
             dg = [torch.zeros_like(h) for h in tangents.h]
             for ids, _, point in points_of(moment, objective):
                 if push is not None:

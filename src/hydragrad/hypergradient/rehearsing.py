@@ -164,7 +164,6 @@ class Rehearsal:
     def _back(self, moments: list[Revisited], queries: int, laps: list[float]) -> int:
         """A sweep back over ``moments``, with adjoints of ones; the bytes that it holds from step to step."""
         sweep, engine = self._sweep, self._chosen.engine
-        slots = sweep.optimizer.slots(sweep.run.steps[sweep.stop - 1].groups)
         last = moments[-1][0]
         like = [last.params[name] for name in sweep.objective.names]
         ones = tuple(x.new_ones((queries, *x.shape)) for x in like)
@@ -184,10 +183,10 @@ class Rehearsal:
         common = (min(self._chosen.block, queries), sink, watch)
         if isinstance(engine, ScaledEngine):
             held = [*ones, scores]
-            hessian_free_sweep([revisited], sweep.objective, sweep.optimizer, engine, ones, slots, *common)
+            hessian_free_sweep([revisited], sweep.objective, sweep.optimizer, engine, ones, sweep.slots, *common)
         else:
             buffers = (last.buffers[name] for name in sweep.objective.carried)
-            adjoint = start(ones, slots, tuple(x.new_zeros((queries, *x.shape)) for x in buffers))
+            adjoint = start(ones, sweep.slots, tuple(x.new_zeros((queries, *x.shape)) for x in buffers))
             held = [*adjoint.lam, *adjoint.bet, *(x for slots in adjoint.sig for x in slots.values()), scores]
             reverse_sweep([revisited], sweep.objective, sweep.optimizer, engine, adjoint, *common)
         laps.extend(b - a for a, b in itertools.pairwise(marks))

@@ -12,7 +12,7 @@ from torch import Tensor
 from hydragrad.hypergradient.curvature import Engine
 from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.scaled import ScaledEngine
-from hydragrad.step.clipping import Clipping
+from hydragrad.hypergradient.stepping import linearized
 from hydragrad.step.objective import Objective, Vectors
 from hydragrad.step.optimizer_map import OptimizerMap
 from hydragrad.step.updates import Linearization, Slots
@@ -115,10 +115,7 @@ def _step_back(
     sink: Sink,
 ) -> None:
     """``adjoint`` one step back, in place, block by block; ``gam``: room for one block."""
-    clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
-    linearizations = optimizer.linearize(
-        moment.state.params, moment.state.optimizer, clipping.clipped, moment.record.groups
-    )
+    clipping, linearizations = linearized(moment, optimizer)
     points = list(points_of(moment, objective))
     for chosen, skip in blocks(len(adjoint), len(gam[0])):
         new = slice(chosen.start + skip, chosen.stop)
@@ -206,12 +203,11 @@ def _factors(moment: Moment, optimizer: OptimizerMap, direction: Direction) -> S
 
     Clipping by value is elementwise, so that behind it no number serves a whole parameter.
     """
-    clipping = Clipping(moment.record.clips, moment.gradient, optimizer.names)
-    params = moment.state.params
-    scale = direction.pull(optimizer.linearize(params, moment.state.optimizer, clipping.clipped, moment.record.groups))
-    if not moment.record.clips:
-        return scale
-    names = optimizer.names
+    names, params, frozen = optimizer.names, moment.state.params, moment.record.frozen
+    clipping, linearizations = linearized(moment, optimizer)
+    scale = direction.pull(linearizations)
+    if not moment.record.clips:  # a constant gradient passes nothing on
+        return [0.0 if n in frozen else s for n, s in zip(names, scale, strict=True)] if frozen else scale
     whole = [s if isinstance(s, Tensor) else torch.full_like(params[n], s) for n, s in zip(names, scale, strict=True)]
     clipping.pull_(whole)
     return whole

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
@@ -93,6 +94,12 @@ class Sweep:
         """Whether every map between two steps, curvature apart, is elementwise: no buffers, no clipping by norm."""
         clips = (clip for record in self.run.steps[: self.stop] for clip in record.clips)
         return not self.objective.carried and not any(clip.kind == "norm" for clip in clips)
+
+    @cached_property
+    def slots(self) -> list[tuple[str, ...]]:
+        """Names of the optimizer's slots of each trained parameter, over all steps of the sweep."""
+        distinct = {id(record.groups): record.groups for record in self.run.steps[: self.stop]}
+        return self.optimizer.slots(distinct.values())
 
     def end(self) -> State:
         """The state that is asked about, step ``stop``, on the device; refused unless its parameters are finite."""

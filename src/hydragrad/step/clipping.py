@@ -1,6 +1,6 @@
 """Gradient clipping between backward and step: torch's own functions, and the same as pure maps with derivatives."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -87,11 +87,24 @@ class ClipMap:
 
 @final
 class Clipping:
-    """All clips of one step, in order, linearised at its raw gradient. ``clipped``: what the optimizer saw."""
+    """All clips of one step, in order, linearised at its raw gradient. ``clipped``: what the optimizer saw.
 
-    def __init__(self, clips: Sequence[Clip], gradient: dict[str, Tensor], names: Sequence[str]) -> None:
+    ``names``: the optimizer's parameters, whose gradients alone matter; ``constant``: those whose gradient is no
+    function of the parameters at this step (frozen, their gradient kept as zeros): the update uses it, nothing flows
+    through it.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        gradient: Mapping[str, Tensor],
+        names: Sequence[str],
+        constant: Collection[str] = (),
+    ) -> None:
         self._names = tuple(names)
+        self._constant = [place for place, name in enumerate(names) if name in constant] if constant else []
         self._maps: list[ClipMap] = []
+        gradient = {name: gradient[name] for name in names if name in gradient}
         for clip in clips:
             self._maps.append(clip.linearize(gradient))
             gradient = self._maps[-1].clipped
@@ -101,11 +114,17 @@ class Clipping:
         """VJP in place, blocks ``[K, *shape]`` in the order of ``names``."""
         for step in reversed(self._maps):
             step.pull_(dict(zip(self._names, gam, strict=True)))
+        self._still_(gam)
 
     def push_(self, dg: Sequence[Tensor]) -> None:
         """JVP in place."""
+        self._still_(dg)
         for step in self._maps:
             step.push_(dict(zip(self._names, dg, strict=True)))
+
+    def _still_(self, block: Sequence[Tensor]) -> None:
+        for place in self._constant:
+            block[place].zero_()
 
 
 def _norm_with_slope(gradients: Sequence[Tensor], order: float) -> tuple[Tensor, Sequence[Tensor]]:

@@ -1,6 +1,6 @@
 """One optimizer step over all parameters: the linearization of each at one recorded moment."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import final
 
 import torch
@@ -22,9 +22,16 @@ class OptimizerMap:
         self._kept: dict[int, tuple[Hyper, tuple[tuple[str, float], ...], Linearization]] = {}
         self.group_of = {name: g for g, members in enumerate(groups) for name in members}
 
-    def slots(self, hypers: Sequence[Hyper]) -> list[tuple[str, ...]]:
-        """Slot names of each parameter."""
-        return [self.update.slots(hypers[self.group_of[name]]) for name in self.names]
+    def slots(self, steps: Iterable[Sequence[Hyper]]) -> list[tuple[str, ...]]:
+        """Slot names of each parameter: all that any of ``steps`` has, each given by its groups' hyperparameters.
+
+        A loop may switch momentum off and on again; what its buffer holds meanwhile comes back.
+        """
+        found: dict[int, dict[str, None]] = {group: {} for group in self.group_of.values()}
+        for hypers in steps:
+            for group, names in found.items():
+                names.update(dict.fromkeys(self.update.slots(hypers[group])))
+        return [tuple(found[self.group_of[name]]) for name in self.names]
 
     def linearize(
         self,

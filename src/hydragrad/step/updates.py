@@ -29,7 +29,8 @@ class Linearization:
     """The derivative of one update at one point: coefficients by (output, input), elementwise.
 
     Inputs are ``"w"``, the slots and ``"g"``; outputs ``"w"`` and the slots. An absent pair is zero.
-    Blocks have a leading axis: ``[K, *shape]``.
+    Slots that are given beyond ``slots`` are those of other steps (momentum switched off for this one): torch leaves
+    them alone, and their derivatives pass unchanged. Blocks have a leading axis: ``[K, *shape]``.
     """
 
     slots: tuple[str, ...]
@@ -37,14 +38,14 @@ class Linearization:
 
     def vjp(self, lam: Tensor, sig: Slots) -> tuple[Tensor, Slots, Tensor]:
         """Pull ``(lam, sig)`` = d m / d(w', s') back to ``(lam~, sig_t, gam)`` = d m / d(w, s, g)."""
-        outputs = {"w": lam, **sig}
+        outputs = {"w": lam, **{slot: sig[slot] for slot in self.slots}}
         pulled = {
             source: _combine(
                 [(self.coefficients.get((target, source), 0.0), outputs[target]) for target in outputs], lam
             )
             for source in ("w", *self.slots, "g")
         }
-        return pulled["w"], {slot: pulled[slot] for slot in self.slots}, pulled["g"]
+        return pulled["w"], {**sig, **{slot: pulled[slot] for slot in self.slots}}, pulled["g"]
 
     def vjp_into(self, lam: Tensor, sig: Slots, gam: Tensor) -> None:
         """``vjp`` in place: ``lam``, ``sig`` become ``lam~``, ``sig_t`` and ``gam`` is overwritten with d m/d g.
@@ -100,16 +101,16 @@ class Linearization:
         for (target, source), coefficient in self.coefficients.items():
             assert isinstance(coefficient, float)
             pulled[source] += coefficient * outputs[target]
-        return pulled["w"], {slot: pulled[slot] for slot in self.slots}, pulled["g"]
+        return pulled["w"], {**sig, **{slot: pulled[slot] for slot in self.slots}}, pulled["g"]
 
     def jvp(self, dw: Tensor, ds: Slots, dg: Tensor) -> tuple[Tensor, Slots]:
         """Push tangents ``(dw, ds, dg)`` of ``(w, s, g)`` forward to ``(dw', ds')``."""
-        inputs = {"w": dw, **ds, "g": dg}
+        inputs = {"w": dw, **{slot: ds[slot] for slot in self.slots}, "g": dg}
         pushed = {
             target: _combine([(self.coefficients.get((target, source), 0.0), inputs[source]) for source in inputs], dw)
             for target in ("w", *self.slots)
         }
-        return pushed["w"], {slot: pushed[slot] for slot in self.slots}
+        return pushed["w"], {**ds, **{slot: pushed[slot] for slot in self.slots}}
 
 
 def _close(a: float, b: float) -> bool:

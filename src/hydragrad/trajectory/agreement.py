@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hydragrad.errors import message
 from hydragrad.trajectory.digests import batch_digests, describe_batch
+from hydragrad.trajectory.outlived import Suspicion
 from hydragrad.trajectory.state import State, StepRecord
 
 # Rounding of a loss that is written in another way (a mean inside cross_entropy) stays far below these.
@@ -36,10 +37,16 @@ def gradient_difference(recorded: Tensor, replayed: Tensor) -> float:
     return difference / norm if norm > 0 and difference == difference else float("inf")
 
 
-def explain_gradient(step: StepRecord, replayed: Tensor, unknown: int, otherwise: Sequence[str] = ()) -> str:
+def explain_gradient(
+    step: StepRecord,
+    replayed: Tensor,
+    unknown: int,
+    otherwise: Sequence[str] = (),
+    suspected: Suspicion | None = None,
+) -> str:
     """A refusal's message for a replayed gradient that is not the recorded one, nor were perhaps ``unknown`` before.
 
-    ``otherwise``: how this process differs from the recording's.
+    ``otherwise``: how this process differs from the recording's; ``suspected``: what is told first.
     """
     assert step.fingerprint is not None
     a, b = step.fingerprint.to("cpu", torch.float64), replayed.to("cpu", torch.float64)
@@ -68,6 +75,8 @@ def explain_gradient(step: StepRecord, replayed: Tensor, unknown: int, otherwise
             "give the loss that was trained, per example, and the model's code as it was; clip by "
             "recording.clip_grad_norm_ or recording.clip_grad_value_"
         )
+    if suspected is not None:
+        cause, remedy = f"{suspected.cause}; or {cause}", f"{suspected.remedy}; else {remedy}"
     return message(
         summary,
         expected=f"norm {float(a[0]):.6g}, projections {float(a[1]):.6g}, {float(a[2]):.6g}",

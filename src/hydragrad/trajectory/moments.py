@@ -46,8 +46,7 @@ def advance(
 ) -> dict[str, Tensor]:
     """Take one step; its gradient by parameter name (absent: no gradient came), before it was clipped."""
     replayer.advance(record, weights, compare=compare)
-    raw = replayer.gradients() if replayer.raw is None else replayer.raw
-    return {name: g for name, g in raw.items() if name not in record.without_grad}
+    return {name: g for name, g in replayer.gradients().items() if name not in record.without_grad}
 
 
 def batches_of(replayer: Replayer, record: StepRecord) -> list[tuple[Tensor, Any]]:

@@ -11,8 +11,8 @@ from hydragrad.step.clipping import Clip
 from hydragrad.trajectory.claims import PendingBatch
 from hydragrad.trajectory.clips import ClipNotes
 from hydragrad.trajectory.fingerprints import GradientFingerprint, Reading
+from hydragrad.trajectory.hyper import HyperNotes
 from hydragrad.trajectory.loaders import id_tensor
-from hydragrad.trajectory.optimizers import HyperNotes
 from hydragrad.trajectory.randomness import Draw, DrawWriter
 from hydragrad.trajectory.sparing import fingerprinted
 from hydragrad.trajectory.state import Hyper, Pass, StepRecord
@@ -58,6 +58,9 @@ class StepNotes:
         self._names, self._params = list(params), list(params.values())
         self._hyper, self._modes, self._clips, self._scaler = HyperNotes(dict(params), optimizer), modes, clips, scaler
         self._fingerprint = GradientFingerprint([param.numel() for param in self._params])
+        held = {name for names in self._hyper.names for name in names}
+        self._held = [param if name in held else None for name, param in params.items()]
+        """The parameters whose gradients the optimizer reads: those of others may hold anything."""
         self._draws = DrawWriter()
         self._known: tuple[list[bool], list[bool]] = ([], [])
         self._none, self._frozen = _NOBODY, _NOBODY
@@ -82,8 +85,11 @@ class StepNotes:
             self._clips.take(),
             None if self._scaler is None else self._scaler.get_scale(),
             *self._in_order(batches, skipped),
-            self._fingerprint.read([param.grad for param in self._params]) if fingerprinted(index) else None,
+            self._reading() if fingerprinted(index) else None,
         )
+
+    def _reading(self) -> Reading:
+        return self._fingerprint.read([None if param is None else param.grad for param in self._held])
 
     def forget(self) -> None:
         """A checkpoint: replay may start here, so no draw goes on across it."""

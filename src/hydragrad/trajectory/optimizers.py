@@ -1,99 +1,16 @@
-"""torch.optim optimizers: described while recording, built and restored for replay."""
+"""torch.optim optimizers: built and restored for replay."""
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from hydragrad.errors import MismatchError, UnsupportedError, message
-from hydragrad.files import dumps
+from hydragrad.errors import UnsupportedError, message
+from hydragrad.trajectory.hyper import as_held
 from hydragrad.trajectory.state import Hyper
-
-
-def group_names(params: dict[str, Tensor], optimizer: Optimizer) -> list[list[str]]:
-    """Names of the parameters of each group, in the optimizer's order."""
-    if not isinstance(optimizer, Optimizer):
-        raise UnsupportedError(message("not an optimizer", expected="a torch.optim optimizer", got=type(optimizer)))
-    for name, param in params.items():
-        if is_lazy(param):
-            raise UnsupportedError(
-                message(f"parameter {name!r} has no shape yet", remedy="run the model once before recording it")
-            )
-    names = {id(param): name for name, param in params.items()}
-    groups = []
-    for place, group in enumerate(optimizer.param_groups):
-        if any(id(param) not in names for param in group["params"]):
-            raise MismatchError(
-                message(
-                    f"param group {place} of the optimizer holds a tensor that is no parameter of the model",
-                    expected="parameters of the model given to hydragrad.record",
-                    cause="the optimizer was made for another model, or before the model's parameters were replaced",
-                    remedy="give the model and the optimizer that train together",
-                )
-            )
-        groups.append([names[id(param)] for param in group["params"]])
-    return groups
-
-
-def hyperparameters(optimizer: Optimizer, names: list[list[str]]) -> tuple[Hyper, ...]:
-    """Each group's hyperparameters as plain values (a tensor learning rate becomes a float)."""
-    if [len(group["params"]) for group in optimizer.param_groups] != [len(group) for group in names]:
-        raise UnsupportedError(
-            message(
-                "the optimizer's param groups changed during the recording",
-                expected=f"groups of {[len(group) for group in names]} parameters",
-                got=f"{[len(group['params']) for group in optimizer.param_groups]}",
-                remedy="record each phase of training as a run of its own",
-            )
-        )
-    return tuple(
-        {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}
-        for group in optimizer.param_groups
-    )
-
-
-@final
-class HyperNotes:
-    """Hyperparameters of an optimizer's param groups, the same tuple until one changes.
-
-    ``names``: of each group's parameters. Comparing the groups as they lie there costs a microsecond; only what that
-    cannot tell (tensors and lists, which change in place) is made plain at every step.
-    """
-
-    def __init__(self, params: dict[str, Tensor], optimizer: Optimizer) -> None:
-        self.names = group_names(params, optimizer)
-        self._optimizer = optimizer
-        self._sizes = [len(names) for names in self.names]
-        self._seen: list[dict[str, Any]] = []
-        self._last: tuple[Hyper, ...] = ()
-
-    def now(self) -> tuple[Hyper, ...]:
-        """As ``hyperparameters``."""
-        groups = self._optimizer.param_groups
-        if groups == self._seen and [len(group["params"]) for group in groups] == self._sizes:
-            return self._last
-        found = hyperparameters(self._optimizer, self.names)
-        if found != self._last:
-            self._last = found
-        held = [value for group in groups for key, value in group.items() if key not in ("params", "param_names")]
-        fixed = all(value is None or isinstance(value, (bool, int, float, str, tuple)) for value in held)
-        self._seen = [dict(group) for group in groups] if fixed else []
-        return self._last
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.item()
-    if isinstance(value, (tuple, list)):
-        return tuple(_plain(part) for part in value)
-    dumps(value)  # raises, naming the value
-    return value
 
 
 def build_optimizer(described: dict[str, Any], groups: tuple[Hyper, ...], params: Mapping[str, Tensor]) -> Optimizer:
@@ -108,11 +25,23 @@ def build_optimizer(described: dict[str, Any], groups: tuple[Hyper, ...], params
                 remedy="train with an optimizer of torch.optim; replay runs the very class that was recorded",
             )
         )
+    device = next((param.device for param in params.values()), torch.device("cpu"))
     return cls(
         [
-            {"params": [params[name] for name in names], **hyper}
+            {"params": [params[name] for name in names], **as_held(hyper, device)}
             for names, hyper in zip(described["groups"], groups, strict=True)
         ]
+    )
+
+
+def rewrites_gradients(optimizer: Optimizer) -> bool:
+    """Whether a step may write into the gradients: SGD's foreach kernel adds Nesterov's momentum to them in place.
+
+    Weight decay and ``maximize`` make a copy first; every other update here leaves the gradients alone.
+    """
+    return any(
+        group.get("nesterov") and group.get("foreach") is not False and not (group["weight_decay"] or group["maximize"])
+        for group in optimizer.param_groups
     )
 
 

@@ -128,7 +128,7 @@ class Recording:
         self._open.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
         self._open.callback(self._optimizer.register_step_post_hook(self._after_step).remove)
         self._open.callback(self._backwards.stop)
-        self._backwards.watch(self._params, frozenset())
+        self._watch_backwards(frozenset())
         return self
 
     def __exit__(
@@ -303,6 +303,12 @@ class Recording:
             self._now.batches[-1].ran = self._watch.end()
         self._within = False
 
+    def _watch_backwards(self, none: frozenset[str]) -> None:
+        """By a parameter of the optimizer's, if one trains: the loop may leave gradients of others unzeroed."""
+        held = {name: self._params[name] for names in self._notes.groups for name in names}
+        trains = any(param.requires_grad and name not in none for name, param in held.items())
+        self._backwards.watch(held if trains else self._params, none)
+
     def _backward_seen(self, fresh: bool) -> None:
         """A backward pass reached the parameters; ``fresh``: into gradients that had been zeroed before."""
         if fresh:
@@ -340,7 +346,7 @@ class Recording:
             self._start()
         self._taken = self._notes.note(self._count, batches, self._now.skipped)
         if not self._stepped:
-            self._backwards.watch(self._params, self._taken.without_grad)
+            self._watch_backwards(self._taken.without_grad)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._taken is not None

@@ -67,7 +67,7 @@ def _take(replayer: Replayer, state: State, record: StepRecord) -> _Taken:
     replayer.restore(state)
     with _listening(replayer.module, outputs):
         replayer.advance(record, compare=False)
-    gradients = {name: g.clone() for name, g in (replayer.raw or replayer.gradients()).items()}
+    gradients = {name: g.clone() for name, g in replayer.gradients().items()}
     return _Taken(outputs, gradients, replayer.state().params)
 
 

@@ -21,7 +21,9 @@ from hydragrad.trajectory.batches import BatchSource, to_device
 from hydragrad.trajectory.binding import lay_out
 from hydragrad.trajectory.digests import batch_digests
 from hydragrad.trajectory.fingerprints import GradientFingerprint
-from hydragrad.trajectory.optimizers import build_optimizer, restore_optimizer
+from hydragrad.trajectory.hyper import as_held
+from hydragrad.trajectory.optimizers import build_optimizer, restore_optimizer, rewrites_gradients
+from hydragrad.trajectory.outlived import outlived
 from hydragrad.trajectory.randomness import DrawReader, RandomState
 from hydragrad.trajectory.sparing import suspects
 from hydragrad.trajectory.state import Hyper, State, StepRecord, capture_state, live_buffers
@@ -57,9 +59,9 @@ class Replayer:
     record; a difference raises MismatchError in words.
     ``differences``: step -> relative difference of its gradient, for compared steps that were not equal bit for bit;
     ``random``: the state from which each micro-batch of the last step drew, then each skipped batch (``passes``), None
-    where it drew nothing; ``raw``: its
-    gradient by name before it was clipped, None where it was not. Random numbers are those of the recording, also with
-    weights, and the caller's generators are left alone.
+    where it drew nothing; ``raw``: its gradient by name as the loss gave it, kept where clipping or the update may
+    write into it, else None. Random numbers are those of the recording, also with weights, and the caller's
+    generators are left alone.
     Example: ``r = Replayer(problem, trajectory); r.restore(trajectory.state(0)); r.advance(trajectory.steps[0])``.
     """
 
@@ -78,12 +80,14 @@ class Replayer:
         self.source = BatchSource(problem.data, problem.collate, self.device, manifest.collate["mode"])
         self._fingerprint = GradientFingerprint([param.numel() for param in self._params.values()])
         self._draws = DrawReader(self.device)
+        self._held = {name: None for names in manifest.optimizer["groups"] for name in names}  # by the optimizer
         self._step = 0
         self._groups: tuple[Hyper, ...] | None = None
         self._modes: Mapping[str, bool] | None = None
         self._none: frozenset[str] | None = None
         self._frozen: frozenset[str] = frozenset()
         self._trained: list[Tensor] = []
+        self._rewrites = False
         self._checked_weights: Tensor | None = None
         groups = trajectory.steps[0].groups if trajectory.steps else tuple({} for _ in manifest.optimizer["groups"])
         self._optimizer = build_optimizer(manifest.optimizer, groups, self._params)
@@ -114,7 +118,9 @@ class Replayer:
         return live_buffers(self.module, self._buffers) if self._buffers else {}
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients of the step taken last, by parameter name (absent: none came)."""
+        """The gradients of the step taken last as the loss gave them, by parameter name (absent: none came)."""
+        if self.raw is not None:
+            return self.raw
         return {name: param.grad for name, param in self._params.items() if param.grad is not None}
 
     def passed(self, step: StepRecord, *, compare: bool = True) -> list[tuple[Tensor, Any]]:
@@ -220,7 +226,7 @@ class Replayer:
 
     def _clip(self, step: StepRecord) -> None:
         self.raw = None
-        if step.clips:
+        if step.clips or self._rewrites:
             self.raw = {name: p.grad.clone() for name, p in self._params.items() if p.grad is not None}
         for clip in step.clips:
             clip.apply_(self._params)
@@ -229,15 +235,15 @@ class Replayer:
         """Set hyperparameters, modes and what trains as they were at this step."""
         if step.groups is not self._groups:
             for group, hyper in zip(self._optimizer.param_groups, step.groups, strict=True):
-                group.update(hyper)
-            self._groups = step.groups
+                group.update(as_held(hyper, self.device))
+            self._groups, self._rewrites = step.groups, rewrites_gradients(self._optimizer)
         if step.modes is not self._modes and step.modes:
             self._follow_modes(step.modes)
             self._modes = step.modes
         if step.without_grad is not self._none or step.frozen != self._frozen:
             for name, param in self._params.items():
                 param.requires_grad_(name not in step.without_grad and name not in step.frozen)
-            self._trained = [param for name, param in self._params.items() if name not in step.without_grad]
+            self._trained = [self._params[name] for name in self._held if name not in step.without_grad]
             self._none, self._frozen = step.without_grad, step.frozen
 
     def _follow_modes(self, modes: Mapping[str, bool]) -> None:
@@ -247,7 +253,7 @@ class Replayer:
     def _compare(self, step: StepRecord) -> None:
         if step.fingerprint is None:
             return
-        replayed = self._fingerprint([param.grad for param in self._params.values()])
+        replayed = self._fingerprint([p.grad if name in self._held else None for name, p in self._params.items()])
         difference = gradient_difference(step.fingerprint, replayed)
         if difference == 0.0:
             return
@@ -261,7 +267,8 @@ class Replayer:
             little = sorted((t, by) for t, by in self.differences.items() if t < step.index and by <= trained)
             if any(by > _GROWN * trained for _, by in little):
                 raise MismatchError(explain_drift(step, difference, little[0], otherwise))
-            raise MismatchError(explain_gradient(step, replayed, len(suspected) - 1, otherwise))
+            kept = outlived(step, self._held)
+            raise MismatchError(explain_gradient(step, replayed, len(suspected) - 1, otherwise, kept))
 
     def _look_at_data(self, step: StepRecord) -> None:
         """Refuse batches without digests whose content is not the one that other steps' digests tell, if they do."""

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from hydragrad.errors import MismatchError, StoreError, message
 from hydragrad.trajectory.agreement import state_difference
 from hydragrad.trajectory.format import MANIFEST
+from hydragrad.trajectory.hyper import as_held
 from hydragrad.trajectory.optimizers import restore_optimizer
 from hydragrad.trajectory.points import Point
 from hydragrad.trajectory.randomness import RandomState
@@ -131,13 +132,14 @@ def put_back(
     for live, stored in ((params, state.params), (buffers, state.buffers)):
         for name, tensor in live.items():
             tensor.copy_(stored[name])
+    device = next((param.device for param in params.values()), torch.device("cpu"))
     restore_optimizer(optimizer, state.optimizer, params)
     for param in params.values():
         param.grad = None
     for group, hyper in zip(optimizer.param_groups, point.groups, strict=True):
-        for key, value in hyper.items():
+        for key, value in as_held(hyper, device).items():
             if isinstance(group.get(key), Tensor):
-                group[key].fill_(value)
+                group[key].copy_(torch.as_tensor(value))
             else:
                 group[key] = value
     if set(states) != set(point.states):
@@ -153,5 +155,4 @@ def put_back(
         one.load_state_dict(point.states[name])
     if point.step:
         optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers warn where no step came before theirs
-    device = next((param.device for param in params.values()), torch.device("cpu"))
     RandomState.of(point.random.tensors(), device).set()

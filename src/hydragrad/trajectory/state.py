@@ -14,7 +14,8 @@ from hydragrad.trajectory.randomness import Draw, RandomState
 from hydragrad.trajectory.watching import Autocast
 
 Hyper = dict[str, Any]
-"""Hyperparameters of one param group at one step: floats, bools, ints, strings, None, tuples of these."""
+"""Hyperparameters of one param group at one step: floats, bools, ints, strings, None, tuples of these; and which of
+them were tensors (``hyper.TENSORS``)."""
 
 
 @final
@@ -58,12 +59,12 @@ class StepRecord:
 
     ``batches``: ids of each micro-batch in order, int64 ``[b]``; ``digests``: per-example content digests, parallel,
     None where they were not noted; ``groups``: hyperparameters of each param group; ``fingerprint``: float64 [3], the
-    gradient's norm and two projections just before the update, None where it was not noted; ``modes``: submodule name
-    -> training; ``skipped``: ids of batches before this step that no gradient came from; ``draws``: what each
-    micro-batch drew random numbers from, None for nothing; ``clips``: how the gradient was clipped, in order, before
-    the fingerprint was taken; ``scale``: of a gradient scaler; ``autocast`` of each micro-batch's forward pass;
-    ``frozen``: parameters that held a gradient while they did not require one; ``passes``: skipped batches that changed
-    buffers.
+    gradient's norm and two projections just before the update (of the optimizer's parameters), None where it was not
+    noted; ``modes``: submodule name -> training; ``skipped``: ids of batches before this step that no gradient came
+    from; ``draws``: what each micro-batch drew random numbers from, None for nothing; ``clips``: how the gradient was
+    clipped, in order, before the fingerprint was taken; ``scale``: of a gradient scaler; ``autocast`` of each
+    micro-batch's forward pass; ``frozen``: parameters that held a gradient while they did not require one: a constant
+    (zeros) to whoever differentiates the step; ``passes``: skipped batches that changed buffers.
     """
 
     index: int

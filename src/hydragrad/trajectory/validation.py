@@ -17,6 +17,7 @@ from hydragrad.errors import StoreError
 from hydragrad.files import broken_file
 from hydragrad.journal import Entry
 from hydragrad.step.clipping import Clip
+from hydragrad.trajectory.hyper import are_forms
 from hydragrad.trajectory.optimizers import misfit, torch_optimizer
 from hydragrad.trajectory.points import Point
 from hydragrad.trajectory.sparing import ALWAYS
@@ -254,7 +255,7 @@ def _is_layout(spec: dict[str, Any]) -> bool:
 
 def _is_hyper(group: Hyper) -> bool:
     """Names of hyperparameters, not of what a param group holds beside them; plain values."""
-    return fits(group, dict[str, Any]) and not {"params", "param_names"} & set(group)
+    return fits(group, dict[str, Any]) and not {"params", "param_names"} & set(group) and are_forms(group)
 
 
 def _broadcasts(slot: torch.Size, shape: torch.Size) -> bool:
