@@ -209,17 +209,6 @@ def test_a_collate_function_of_ones_own_is_asked_for(tmp_path: Path) -> None:
     bind(tmp_path / "run", collate_fn=collate).replay()
 
 
-class Custom(torch.optim.SGD):
-    """An optimizer of one's own."""
-
-
-def test_an_unknown_optimizer_is_named_at_load(tmp_path: Path) -> None:
-    model = make_model()
-    record_run(tmp_path / "run", model, Custom(model.parameters(), lr=0.1), epochs=1)
-    with pytest.raises(UnsupportedError, match=r"the optimizer tests.test_run.Custom.*torch.optim"):
-        bind(tmp_path / "run")
-
-
 def test_reduction_in_numbers() -> None:
     values = torch.tensor([[1.0, 2.0], [3.0, 6.0]], requires_grad=True)
     weights = torch.tensor([1.0, 0.5])
