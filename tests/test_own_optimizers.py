@@ -277,8 +277,11 @@ def test_an_optimizer_that_mixes_elements_is_refused(tmp_path: Path) -> None:
 class Counting(Soft):
     """A count that is no tensor."""
 
+    taken = 0
+
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step()
+        Counting.taken += 1
         for state in self.state.values():
             state["count"] = 1
 
@@ -287,6 +290,7 @@ def test_state_that_is_no_tensor_is_said_at_the_first_step(tmp_path: Path) -> No
     register(Counting, SoftUpdate())
     with pytest.raises(hg.UnsupportedError, match=r"keeps 'count' .* as int.*torch\.tensor\(0\.0\)"):
         record(tmp_path / "run", lambda model: soft(model, Counting))
+    assert Counting.taken == 1
 
 
 class Hidden(Soft):

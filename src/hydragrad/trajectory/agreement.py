@@ -81,8 +81,8 @@ def explain_left(step: StepRecord, replayed: Tensor) -> str:
         expected=_told(step.fingerprint),
         got=_told(replayed),
         cause="did the loop forget zero_grad? Gradients add up until they are zeroed",
-        remedy="call optimizer.zero_grad() once for every step, and record again; gradients may add up over the batches "
-        "of one step, not over steps",
+        remedy="call optimizer.zero_grad() once for every step, and record again; gradients may add up over the "
+        "batches of one step, not over steps",
     )
 
 
