@@ -156,6 +156,27 @@ def test_gradients_that_are_nearly_equal_are_no_multiples(recorded: Path) -> Non
     assert "a penalty in the loop's loss" in told
 
 
+@pytest.mark.parametrize("forgets", [lambda t: True, lambda t: t % 5, lambda t: t == 4], ids=["all", "most", "one"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_forgotten_zero_grad_is_asked_about(forgets: Any, clip: float | None, tmp_path: Path) -> None:
+    model, loader = make_model(), DataLoader(make_data(), 4)
+    optimizer, t = sgd(model), 0
+    with record(tmp_path / "run", model, optimizer, checkpoint_every=3) as recording:
+        for _ in range(2):
+            for batch in recording.batches(loader):
+                if not forgets(t):
+                    optimizer.zero_grad()
+                losses(model, batch).mean().backward()
+                if clip is not None:
+                    recording.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                t += 1
+    first = next(t for t in range(1, 10) if forgets(t))
+    words = rf"at step {first} is the replayed one with that of step {first - 1} added.*did the loop forget zero_grad\?"
+    with pytest.raises(MismatchError, match=words):
+        bind(tmp_path / "run").replay()
+
+
 def test_a_penalty_that_was_not_given_is_asked_for(tmp_path: Path) -> None:
     model = make_model()
     optimizer = sgd(model)
@@ -207,17 +228,6 @@ def test_a_collate_function_of_ones_own_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"at step 0"):
         bind(tmp_path / "run", collate_fn=default_collate)
     bind(tmp_path / "run", collate_fn=collate).replay()
-
-
-class Custom(torch.optim.SGD):
-    """An optimizer of one's own."""
-
-
-def test_an_unknown_optimizer_is_named_at_load(tmp_path: Path) -> None:
-    model = make_model()
-    record_run(tmp_path / "run", model, Custom(model.parameters(), lr=0.1), epochs=1)
-    with pytest.raises(UnsupportedError, match=r"the optimizer tests.test_run.Custom.*torch.optim"):
-        bind(tmp_path / "run")
 
 
 def test_reduction_in_numbers() -> None:

@@ -10,9 +10,17 @@ import pytest
 import torch
 
 import hydragrad as hg
+from hydragrad.commands import options
+from hydragrad.tasks.naming import READY
 from tests.children import ended, fork
 from tests.commands.running import TASK, run
 from tests.report.reading import Read
+
+
+def test_the_help_names_every_ready_task_and_what_it_trained() -> None:
+    assert all(re.search(rf"[(\s]{name}[,)]", options.TASK) for name in READY), options.TASK
+    told = " ".join(run("mislabels", "--help").output.split())
+    assert "hydragrad train digits-flipped --out runs/flipped" in told
 
 
 def test_train_records_the_run_of_the_task(folder: Path) -> None:

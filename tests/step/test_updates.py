@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
 from hydragrad.errors import UnsupportedError
-from hydragrad.step.updates import supported, update_for
+from hydragrad.step import supported, update_for
 from tests.step.options import OPTIONS, option_id
 from tests.step.rules import RULES, full_hyper, initial_state
 from tests.tolerances import LIMIT, ORACLE, SAME, UPDATE, assert_close
@@ -265,7 +265,7 @@ def test_any_shape(name, shape):
 
 
 def test_every_optimizer_of_the_oracle_is_supported():
-    assert set(RULES) <= set(supported() if callable(supported) else supported)
+    assert set(RULES) <= set(supported())
 
 
 def test_an_unknown_optimizer_is_refused_with_the_list_of_the_known():

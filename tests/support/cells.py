@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -103,7 +104,10 @@ def record(recipe: Recipe, data: Any, feature: Feature, path: Path) -> hg.Run:
         for k in range(feature.loaders)
     ]
     loaders = [DataLoader(data, batch_sampler=sampler) for sampler in samplers]  # type: ignore[arg-type]
-    with hg.record(path, trained, optimizer, scaler=scaler, keep_batches=feature.keep_batches) as recording:
+    with warnings.catch_warnings():  # of an optimizer that cannot be differentiated: the cell shows it
+        warnings.filterwarnings("ignore", message="a run of .* cannot be differentiated yet")
+        recorded = hg.record(path, trained, optimizer, scaler=scaler, keep_batches=feature.keep_batches)
+    with recorded as recording:
         for place, epoch in enumerate(batches):
             loader = loaders[place % feature.loaders]
             for batch, (_, t, first, last) in zip(recording.batches(loader), epoch, strict=True):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hydragrad.errors import MismatchError, StoreError, UnsupportedError
 from hydragrad.files import dumps, from_json, loads, to_json
+from hydragrad.step import known
 from hydragrad.trajectory.recording import record
 from hydragrad.trajectory.store import Trajectory
 from tests.trajectory.forging import (
@@ -60,7 +61,8 @@ def test_a_pickle_in_place_of_tensors_is_not_loaded(folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("module", "name"),
     [("os", "system"), ("torch.optim", "lr_scheduler"), ("torch.optim", "Optimizer"), ("torch.optim", "__import__"),
-     ("torch.optimizers", "SGD"), ("torch.optim", "sgd"), ("subprocess", "Popen"), ("torch.optim.sgd", "_params_doc")],
+     ("torch.optimizers", "SGD"), ("torch.optim", "sgd"), ("torch.optim", "Own"), ("subprocess", "Popen"),
+     ("torch.optim.sgd", "_params_doc")],
 )  # fmt: skip
 def test_only_optimizers_of_torch_are_ever_made(
     module: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -119,7 +121,7 @@ def test_json_is_read_as_it_was_written_or_not_at_all() -> None:
     assert from_json({"$tuple": [1]}) == (1,)
 
 
-def test_a_writer_never_writes_what_a_reader_refuses(tmp_path: Path) -> None:
+def test_a_writer_never_writes_what_a_reader_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unusual recordings: no step, frozen parameters, an odd hyperparameter, an optimizer of one's own."""
     with record(tmp_path / "none", model := make_model(), sgd(model)):
         pass
@@ -137,5 +139,7 @@ def test_a_writer_never_writes_what_a_reader_refuses(tmp_path: Path) -> None:
             for param in self.param_groups[0]["params"]:
                 self.state[param]["history"] = torch.zeros(7, 3)
 
+    monkeypatch.setitem(known._OWN, "Own", (Own, known.update_for("SGD")))
     record_run(tmp_path / "own", model := make_model(), Own(model.parameters(), {"lr": "own"}))
+    monkeypatch.delitem(known._OWN, "Own")
     assert content(tmp_path / "own")["complete"]

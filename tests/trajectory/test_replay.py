@@ -60,6 +60,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:a run of .* cannot be differentiated yet")  # nor is it here
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_replay_is_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:

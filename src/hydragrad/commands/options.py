@@ -12,8 +12,9 @@ from hydragrad.errors import UnsupportedError
 from hydragrad.files import stage
 
 TASK = (
-    "What was trained: a ready task (digits, digits-flipped), module:object, or path/to/file.py:object, where the "
-    "object is a hydragrad.Task or a function without arguments that returns one."
+    "What is trained, the same for all commands on one run: a ready task (digits, digits-flipped, fashion), "
+    "module:object, or path/to/file.py:object, where the object is a "
+    "hydragrad.Task or a function without arguments that returns one."
 )
 TaskName = Annotated[str, typer.Argument(help=TASK, show_default=False)]
 TaskOption = Annotated[str, typer.Option("--task", "-t", help=TASK, show_default=False)]

@@ -40,7 +40,7 @@ def validate(
     n: Annotated[
         int | None, typer.Option("-n", min=1, help="Examples, subsets, random draws or suspects. Default: by metric.")
     ] = None,
-    fraction: Annotated[float, typer.Option(help="Part of the examples in a subset.")] = 0.1,
+    fraction: Annotated[float, typer.Option(help="Part of the examples in a subset; from 1 on: how many.")] = 0.1,
     seed: Seed = 0,
     jobs: Jobs = 1,
     resume: Resume = None,

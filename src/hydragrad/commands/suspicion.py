@@ -59,8 +59,9 @@ def mislabels(
 ) -> None:
     """Rank the training examples by how suspicious their labels are, and suggest labels that fit better.
 
-        hydragrad mislabels runs/digits --task digits-flipped --top 20
-        hydragrad mislabels runs/digits --task digits-flipped --out suspects.csv
+        hydragrad train digits-flipped --out runs/flipped
+        hydragrad mislabels runs/flipped --task digits-flipped --top 20
+        hydragrad mislabels runs/flipped --task digits-flipped --out suspects.csv
 
     Read off the states that the recorded run stored; --signal ensemble alone trains again.
     """

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from hydragrad.errors import UnsupportedError, message
 from hydragrad.hypergradient.consistency import HALF_PRECISION
+from hydragrad.hypergradient.formulas import check_update
 from hydragrad.run import Run
-from hydragrad.step import update_for
+from hydragrad.step.known import ships, update_of
 from hydragrad.step.objective import Objective
 from hydragrad.step.optimizer_map import OptimizerMap
 from hydragrad.trajectory.finite import check_finite
@@ -53,7 +54,7 @@ class Sweep:
                     got=f"step={stop}",
                 )
             )
-        groups = manifest.optimizer["groups"]
+        update, groups = update_of(manifest.optimizer), manifest.optimizer["groups"]
         grouped = {name for names in groups for name in names}
         idle = frozenset.intersection(*(record.without_grad for record in run.steps[:stop]))
         trained = [name for name in manifest.params if name in grouped and name not in idle]
@@ -69,11 +70,13 @@ class Sweep:
             stop,
             replayer,
             objective,
-            OptimizerMap(update_for(manifest.optimizer["class"]), trained, groups),
+            OptimizerMap(update, trained, groups),
             tokens,
             drift_tolerance,
         )
         sweep._refuse()
+        if not ships(manifest.optimizer):
+            check_update(run, update)
         if drift_tolerance is not None and not drift_tolerance > 0:
             raise UnsupportedError(message("bad drift_tolerance", expected="a number above 0", got=drift_tolerance))
         return sweep

@@ -6,7 +6,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from hydragrad.step.updates import Hyper, Scalars, Slots, Update, register, safe_sqrt
+from hydragrad.step.known import register
+from hydragrad.step.updates import Hyper, Scalars, Slots, Update, safe_sqrt
 
 
 def _decayed(w: Tensor, g: Tensor, hyper: Hyper, *, decoupled: bool) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,6 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from hydragrad.errors import UnsupportedError, message
-
 Slots = dict[str, Tensor]
 Hyper = Mapping[str, Any]
 Scalars = Mapping[str, float]
@@ -228,33 +226,3 @@ class SGD(Update):
         # torch starts the buffer at the first gradient itself, undampened
         buffer = g + 0.0 * old if scalars["first"] else momentum * old + (1 - float(hyper["dampening"])) * g
         return w - lr * (g + momentum * buffer if hyper["nesterov"] else buffer), {"momentum_buffer": buffer}
-
-
-_UPDATES: dict[str, Update] = {"SGD": SGD()}
-
-
-def register(name: str, update: Update) -> None:
-    """Make an optimizer class of torch.optim (or a user's) known by its class name."""
-    _UPDATES[name] = update
-
-
-def supported() -> tuple[str, ...]:
-    """Names of the optimizer classes that can be differentiated."""
-    return tuple(sorted(_UPDATES))
-
-
-def update_for(name: str) -> Update:
-    """The pure update of the optimizer class ``name``."""
-    if name not in _UPDATES:
-        raise UnsupportedError(
-            message(
-                f"the optimizer {name} cannot be differentiated yet",
-                expected=f"one of {', '.join(supported())}",
-                got=name,
-                remedy=(
-                    "train with a supported optimizer, or write its formula as a subclass of "
-                    "hydragrad.step.Update and pass it to hydragrad.step.register (see docs/optimizers.md)"
-                ),
-            )
-        )
-    return _UPDATES[name]

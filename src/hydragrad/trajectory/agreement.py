@@ -77,13 +77,27 @@ def explain_gradient(
         )
     if suspected is not None:
         cause, remedy = f"{suspected.cause}; or {cause}", f"{suspected.remedy}; else {remedy}"
+    expected, got = _told(a), _told(b)
+    cause = "; or ".join([cause + (_BETWEEN if step.index else ""), *otherwise])
+    return message(summary, expected=expected, got=got, cause=cause, remedy=remedy)
+
+
+def explain_left(step: StepRecord, replayed: Tensor) -> str:
+    """A refusal's message for a recorded gradient that holds that of the step before as well."""
+    assert step.fingerprint is not None
     return message(
-        summary,
-        expected=f"norm {float(a[0]):.6g}, projections {float(a[1]):.6g}, {float(a[2]):.6g}",
-        got=f"norm {float(b[0]):.6g}, projections {float(b[1]):.6g}, {float(b[2]):.6g}",
-        cause="; or ".join([cause + (_BETWEEN if step.index else ""), *otherwise]),
-        remedy=remedy,
+        f"the recorded gradient at step {step.index} is the replayed one with that of step {step.index - 1} added",
+        expected=_told(step.fingerprint),
+        got=_told(replayed),
+        cause="did the loop forget zero_grad? Gradients add up until they are zeroed",
+        remedy="call optimizer.zero_grad() once for every step, and record again; gradients may add up over the "
+        "batches of one step, not over steps",
     )
+
+
+def _told(fingerprint: Tensor) -> str:
+    norm, *projections = fingerprint.tolist()
+    return f"norm {norm:.6g}, projections {projections[0]:.6g}, {projections[1]:.6g}"
 
 
 def explain_drift(step: StepRecord, difference: float, since: tuple[int, float], otherwise: Sequence[str]) -> str:

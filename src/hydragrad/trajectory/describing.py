@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hydragrad.step.known import description
 from hydragrad.trajectory.format import VERSION
 from hydragrad.trajectory.sources import Watched
 from hydragrad.trajectory.state import Manifest
@@ -33,7 +34,7 @@ def describe_run(
         torch=torch.__version__,
         params={name: {**_spec(p), "requires_grad": p.requires_grad} for name, p in params.items()},
         buffers={name: _spec(buffer) for name, buffer in plain.named_buffers()},
-        optimizer={"class": type(optimizer).__name__, "module": type(optimizer).__module__, "groups": groups},
+        optimizer={**description(type(optimizer)), "groups": groups},
         modes=dict(modes),
         data_length=source.length if source is not None else None,
         collate=collate,

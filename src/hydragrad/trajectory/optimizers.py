@@ -1,6 +1,7 @@
-"""torch.optim optimizers: built and restored for replay."""
+"""Optimizers: those that are known, built and restored for replay."""
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,48 +10,83 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hydragrad.errors import UnsupportedError, message
+from hydragrad.step.known import class_of, class_of_torch, description, not_known, supported
 from hydragrad.trajectory.hyper import as_held
 from hydragrad.trajectory.state import Hyper
 
 
+def check_known(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose run nobody could load; warn of one whose run can be replayed, and nothing more."""
+    cls = type(optimizer)
+    if class_of(description(cls)) is not cls:
+        base = next((parent.__name__ for parent in cls.__mro__ if parent.__name__ in supported()), None)
+        raise UnsupportedError(
+            not_known(
+                f"the optimizer {cls.__module__}.{cls.__name__} is not known to hydragrad",
+                cls.__name__,
+                cause="an optimizer of your own or of another package: its run could be neither replayed nor "
+                "differentiated",
+                otherwise=f"; if it takes the very steps of {base}: hydragrad.step.register({cls.__name__}, "
+                f"hydragrad.step.update_for({base!r}))"
+                if base
+                else "",
+            )
+        )
+    if cls.__name__ not in supported():
+        told = f"a run of {cls.__name__} is recorded and replayed, but cannot be differentiated yet"
+        warnings.warn(not_known(told, cls.__name__), stacklevel=4)
+
+
 def build_optimizer(described: dict[str, Any], groups: tuple[Hyper, ...], params: Mapping[str, Tensor]) -> Optimizer:
-    """The recorded torch.optim class over ``params``, with the recorded groups, order and hyperparameters."""
-    cls = torch_optimizer(described)
+    """The recorded class over ``params``, with the recorded groups, order and hyperparameters."""
+    cls = class_of(described)
     if cls is None:
         raise UnsupportedError(
-            message(
+            not_known(
                 f"the run was recorded with the optimizer {described['module']}.{described['class']}",
-                expected="a class of torch.optim",
-                cause="a custom optimizer, or one of another package",
-                remedy="train with an optimizer of torch.optim; replay runs the very class that was recorded",
+                described["class"],
+                cause="an optimizer of your own or of another package, not registered in this process: replay runs the "
+                "very class that was recorded, and code is not recorded",
             )
         )
     device = next((param.device for param in params.values()), torch.device("cpu"))
-    return cls(
-        [
-            {"params": [params[name] for name in names], **as_held(hyper, device)}
-            for names, hyper in zip(described["groups"], groups, strict=True)
-        ]
-    )
+    held = [
+        {"params": [params[name] for name in names], **as_held(hyper, device)}
+        for names, hyper in zip(described["groups"], groups, strict=True)
+    ]
+    if class_of_torch(described) is not None:
+        return cls(held)
+    try:
+        return cls(held, **_arguments(cls, groups))
+    except Exception as error:  # a constructor of the user's may fail in any way
+        raise UnsupportedError(
+            message(
+                f"the optimizer {cls.__name__} cannot be made again from its param groups",
+                expected="a constructor that takes param groups, and whose other arguments are hyperparameters in them",
+                got=f"{type(error).__name__}: {error}",
+                remedy="hand every argument on: super().__init__(params, dict(lr=lr, ...)); see docs/optimizers.md",
+            )
+        ) from error
+
+
+def _arguments(cls: type[Any], groups: tuple[Hyper, ...]) -> dict[str, Any]:
+    """What the constructor asks for by name, as the first group has it: an ``lr`` without a default must be given."""
+    names = list(inspect.signature(cls).parameters)[1:]
+    return {name: groups[0][name] for name in names if groups and name in groups[0]}
 
 
 def rewrites_gradients(optimizer: Optimizer) -> bool:
     """Whether a step may write into the gradients: SGD's foreach kernel adds Nesterov's momentum to them in place.
 
-    Weight decay and ``maximize`` make a copy first; every other update here leaves the gradients alone.
+    Weight decay and ``maximize`` make a copy first; torch's other updates leave the gradients alone. Of an optimizer of
+    the user's own nobody knows.
     """
+    if class_of_torch(description(type(optimizer))) is None:
+        return True
     return any(
         group.get("nesterov") and group.get("foreach") is not False and not (group["weight_decay"] or group["maximize"])
         for group in optimizer.param_groups
     )
-
-
-def torch_optimizer(described: dict[str, Any]) -> type[Any] | None:
-    """The recorded class if it is one of torch.optim's optimizers; nothing else is ever looked up or called."""
-    cls = getattr(torch.optim, described["class"], None)
-    if described["module"].split(".")[:2] != ["torch", "optim"] or not isinstance(cls, type):
-        return None
-    return cls if issubclass(cls, Optimizer) and cls is not Optimizer else None
 
 
 def misfit(cls: type[Any], hyper: Hyper) -> str | None:

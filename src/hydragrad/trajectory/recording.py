@@ -26,7 +26,7 @@ from hydragrad.trajectory.segments import Segments
 from hydragrad.trajectory.settings import Settings, refuse_closure
 from hydragrad.trajectory.sources import Sources, Watched
 from hydragrad.trajectory.sparing import digested
-from hydragrad.trajectory.state import Manifest, State, capture_state, live_buffers
+from hydragrad.trajectory.state import Manifest, State, capture_state, check_slots, live_buffers
 from hydragrad.trajectory.store import Trajectory
 from hydragrad.trajectory.thinning import Thinning
 from hydragrad.trajectory.watching import ModelWatch, Modes, unwrapped
@@ -351,6 +351,8 @@ class Recording:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._taken is not None
         assert self._segments is not None
+        if not self._stepped:
+            check_slots(self._params, optimizer)
         self._segments.add(self._taken)
         self._taken, self._now, self._stepped = None, Gathered(), True
         self._count += 1

@@ -14,6 +14,7 @@ from hydragrad.trajectory.agreement import (
     explain_data,
     explain_drift,
     explain_gradient,
+    explain_left,
     gradient_difference,
     tolerance,
 )
@@ -253,7 +254,7 @@ class Replayer:
     def _compare(self, step: StepRecord) -> None:
         if step.fingerprint is None:
             return
-        replayed = self._fingerprint([p.grad if name in self._held else None for name, p in self._params.items()])
+        replayed = self._told()
         difference = gradient_difference(step.fingerprint, replayed)
         if difference == 0.0:
             return
@@ -267,8 +268,32 @@ class Replayer:
             little = sorted((t, by) for t, by in self.differences.items() if t < step.index and by <= trained)
             if any(by > _GROWN * trained for _, by in little):
                 raise MismatchError(explain_drift(step, difference, little[0], otherwise))
+            if len(suspected) == 1 and self._was_left(step):
+                raise MismatchError(explain_left(step, replayed))
             kept = outlived(step, self._held)
             raise MismatchError(explain_gradient(step, replayed, len(suspected) - 1, otherwise, kept))
+
+    def _told(self) -> Tensor:
+        """The fingerprint of the gradients as they are held, of the optimizer's parameters."""
+        return self._fingerprint([p.grad if name in self._held else None for name, p in self._params.items()])
+
+    def _was_left(self, step: StepRecord) -> bool:
+        """Whether the recorded gradient is the replayed one and that of the step before, which was left there."""
+        if not step.index or step.scale is not None or step.fingerprint is None:
+            return False
+        other = Replayer(self._problem, self._trajectory, check=False)
+        other.restore(self._trajectory.state(self._trajectory.nearest(step.index - 1)))
+        for earlier in self._trajectory.steps[other.step : step.index]:
+            other.advance(earlier)
+        left, own = other.gradients(), self.gradients()
+        for name, param in self._params.items():
+            if name in own:
+                param.grad = own[name] + left[name] if name in left else own[name].clone()
+        self._clip(step)
+        both = self._told()
+        return gradient_difference(step.fingerprint, both) <= max(
+            (tolerance(param.dtype) for param in self._trained), default=0.0
+        )
 
     def _look_at_data(self, step: StepRecord) -> None:
         """Refuse batches without digests whose content is not the one that other steps' digests tell, if they do."""

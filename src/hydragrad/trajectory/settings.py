@@ -9,6 +9,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from hydragrad.errors import UnsupportedError, message
+from hydragrad.trajectory.optimizers import check_known
 from hydragrad.trajectory.thinning import Thinning
 
 
@@ -64,7 +65,8 @@ class Settings:
         return self.scaler if self.scaler is not None and self.scaler.is_enabled() else None
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuse what a recorder cannot see."""
+        """Refuse what a recorder cannot see, or a replay not repeat."""
+        check_known(optimizer)
         if self.used_scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise UnsupportedError(
                 message(

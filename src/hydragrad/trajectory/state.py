@@ -145,7 +145,9 @@ def capture_state(
         held = optimizer.state.get(param)
         if held:
             kept[name] = {
-                slot: UNREAD if not slots and isinstance(value, Tensor) and value.dim() else _clone(name, slot, value)
+                slot: UNREAD
+                if not slots and isinstance(value, Tensor) and value.dim()
+                else _tensor(name, slot, value).clone()
                 for slot, value in held.items()
                 if value is not None
             }
@@ -158,13 +160,21 @@ def capture_state(
     )
 
 
-def _clone(name: str, slot: str, value: Any) -> Tensor:
+def check_slots(params: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+    """Raises UnsupportedError for optimizer state that is no tensor: said at the first step, not at a checkpoint."""
+    for name, param in params.items():
+        for slot, value in optimizer.state.get(param, {}).items():
+            if value is not None:
+                _tensor(name, slot, value)
+
+
+def _tensor(name: str, slot: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
-        return value.clone()
+        return value
     raise UnsupportedError(
         message(
             f"the optimizer keeps {slot!r} of parameter {name!r} as {type(value).__name__}",
             expected="tensors, as torch.optim's optimizers keep",
-            remedy="use one of torch.optim's dense optimizers",
+            remedy="keep a counter as torch.tensor(0.0); of torch.optim's optimizers use a dense one",
         )
     )

@@ -17,8 +17,9 @@ from hydragrad.errors import StoreError
 from hydragrad.files import broken_file
 from hydragrad.journal import Entry
 from hydragrad.step.clipping import Clip
+from hydragrad.step.known import class_of_torch
 from hydragrad.trajectory.hyper import are_forms
-from hydragrad.trajectory.optimizers import misfit, torch_optimizer
+from hydragrad.trajectory.optimizers import misfit
 from hydragrad.trajectory.points import Point
 from hydragrad.trajectory.sparing import ALWAYS
 from hydragrad.trajectory.state import Hyper, Manifest, State, StepRecord
@@ -125,7 +126,7 @@ def check_steps(steps: list[StepRecord], manifest: Manifest, indices: range, pat
             refuse(f"fingerprints of the first {ALWAYS} gradients", f"none at step {step.index}")
         if step.fingerprint is not None and (step.fingerprint.shape != (3,) or step.fingerprint.dtype != torch.float64):
             refuse("a gradient's fingerprint", step.fingerprint)
-    optimizer = torch_optimizer(manifest.optimizer)
+    optimizer = class_of_torch(manifest.optimizer)
     for step in _distinct(steps, lambda step: (id(step.groups), id(step.without_grad), id(step.modes))):
         if len(step.groups) != len(manifest.optimizer["groups"]) or not all(map(_is_hyper, step.groups)):
             refuse("hyperparameters of every param group", step.groups)
@@ -207,8 +208,8 @@ def check_state(state: State, manifest: Manifest, step: int, path: Path) -> None
         refuse("random states as bytes", {name: part.dtype for name, part in random.items()})
     if not set(state.optimizer) <= set(manifest.params):
         refuse("optimizer state of parameters", sorted(state.optimizer)[:4])
-    if torch_optimizer(manifest.optimizer) is None:
-        return  # its slots may have any form; nothing replays them
+    if class_of_torch(manifest.optimizer) is None:
+        return  # its slots may have any form
     for name, slots in state.optimizer.items():
         for slot, tensor in slots.items():
             if not _broadcasts(tensor.shape, state.params[name].shape):
