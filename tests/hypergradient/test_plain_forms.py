@@ -130,10 +130,10 @@ def test_what_torch_cannot_differentiate_twice_is_refused_by_name(tmp_path: Path
 class Checkpointed(nn.Module):
     """A part whose activations are computed again in the backward pass, dropout and all."""
 
-    def __init__(self, reentrant: bool | None, dropout: float) -> None:
+    def __init__(self, reentrant: bool | None, dropout: float, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.first, self.last, self.reentrant = nn.Linear(4, 6), nn.Linear(6, CLASSES), reentrant
-        self.middle = nn.Sequential(nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 6), nn.Tanh())
+        self.middle = nn.Sequential(nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 6), norm or nn.Identity(), nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -166,6 +166,50 @@ def test_activations_that_training_computes_again_are_kept_in_sweeps(
     with activations_kept():
         assert not hasattr(torch_checkpoint.CheckpointFunction, "backward")
     assert hasattr(torch_checkpoint.CheckpointFunction, "backward")  # torch's own is back
+
+
+def normalized(reentrant: bool | None, momentum: float | None) -> Case:
+    def build() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            return Checkpointed(reentrant, 0.0, nn.BatchNorm1d(6, momentum=momentum)).double()
+
+    return replace(case("mlp_tanh"), build=build)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_statistics_that_training_computes_twice_are_refused(
+    reentrant: bool, momentum: float | None, tmp_path: Path
+) -> None:
+    """The backward pass runs that part again, and its batch counts twice: in no forward pass does it."""
+    problem = normalized(reentrant, momentum)
+    run = recorded(recipe_of(problem), tmp_path / "run")
+    assert hg.verify(run).exact
+    words = r"left another buffer 'middle\.3\..*Expected: .*Got: .*checkpoint.*around BatchNorm.*outside of"
+    for method in ("exact", "hessian-free"):
+        with pytest.raises(hg.UnsupportedError, match=words):
+            hg.attribute(run, problem.queries, method=method, progress=False)
+    with pytest.raises(hg.UnsupportedError, match=words):
+        hg.hypergradients(run, [0], progress=False)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_statistics_that_move_at_a_few_steps_only_are_looked_at_there(steps: int, tmp_path: Path) -> None:
+    """Frozen from a step on, where the last checkpoint sees nothing; frozen throughout there is nothing to see."""
+
+    def modes(model: nn.Module, t: int) -> None:
+        model.get_submodule("middle.3").train(t < steps)
+
+    problem = normalized(False, 0.3)
+    run = recorded(recipe_of(problem, modes=modes), tmp_path / "run")
+    if steps:
+        with pytest.raises(hg.UnsupportedError, match="left another buffer"):
+            hg.attribute(run, problem.queries, progress=False)
+        return
+    truth = unroll(recipe_of(normalized(None, 0.3), steps=STEPS, modes=modes)).scores(problem.queries)
+    assert relative_error(values(run, problem.queries, compile=False), truth) <= ORACLE[torch.float64]
 
 
 @pytest.mark.parametrize("still", [False, True])
