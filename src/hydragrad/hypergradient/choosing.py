@@ -10,6 +10,7 @@ from torch import Tensor
 from hydragrad.hypergradient.consistency import check_buffers, gradient_gap
 from hydragrad.hypergradient.costs import activation_bytes, probe_block, products, seconds_of
 from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.embeddings import check_embeddings
 from hydragrad.hypergradient.naming import named
 from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.scaled import Direct, ScaledEngine
@@ -145,6 +146,7 @@ def _probe_point(sweep: Sweep) -> tuple[Point, float, float]:
         seconds = seconds_of(step, replayer.device, repeats=2)
     points = _points_at(sweep, state, gradient)
     if not known:
+        check_embeddings(sweep.objective, points[0])
         sweep.run.memo[key] = (seconds, gradient_gap(sweep.objective, points, gradient, sweep.gap_limit))
     replay, gap = sweep.run.memo[key]
     return max(points, key=lambda point: bool(point.coefficients.any())), replay, gap  # the first that was not skipped

@@ -1,6 +1,5 @@
 """The queries: what is measured of a trained model, and its sensitivity to the parameters."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from hydragrad.copying import copy_of
 from hydragrad.errors import HydragradError, MismatchError, NonFiniteError, message
 from hydragrad.files import sha256
 from hydragrad.hypergradient.company import check_company
@@ -232,7 +232,7 @@ def _measuring(ids: Tensor) -> Iterator[None]:
 
 
 def _evaluation(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval()
+    return copy_of(model).eval()
 
 
 def length_of(data: Any) -> int:

@@ -23,10 +23,10 @@ from hydragrad.trajectory.points import Point
 from hydragrad.trajectory.randomness import RandomState, RandomWatch
 from hydragrad.trajectory.resuming import Resumption, can_go_on, check_same, last_point, matching_point, put_back
 from hydragrad.trajectory.segments import Segments
-from hydragrad.trajectory.settings import Settings, refuse_closure
+from hydragrad.trajectory.settings import Settings, check_model, refuse_closure
 from hydragrad.trajectory.sources import Sources, Watched
 from hydragrad.trajectory.sparing import digested
-from hydragrad.trajectory.state import Manifest, State, capture_state, live_buffers
+from hydragrad.trajectory.state import Manifest, State, capture_state, check_slots, live_buffers
 from hydragrad.trajectory.store import Trajectory
 from hydragrad.trajectory.thinning import Thinning
 from hydragrad.trajectory.watching import ModelWatch, Modes, unwrapped
@@ -78,6 +78,7 @@ def record(
         keep_batches=keep_batches,
         states={**(states or {}), **({"scaler": scaler} if resume and scaler is not None else {})},
     )
+    check_model(model)
     settings.check_optimizer(optimizer)
     return Recording(model, optimizer, settings)
 
@@ -346,6 +347,8 @@ class Recording:
         assert self._taken is not None
         assert self._segments is not None
         self._segments.add(self._taken)
+        if not self._stepped:  # now, and not when the first state is to be written
+            check_slots(self._optimizer, self._params)
         self._taken, self._now, self._stepped = None, Gathered(), True
         self._count += 1
         ends = self._count % self._given.checkpoint_every == 0

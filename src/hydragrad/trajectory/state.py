@@ -157,13 +157,31 @@ def capture_state(
     )
 
 
+def check_slots(optimizer: Optimizer, params: Mapping[str, Tensor]) -> None:
+    """Refuse an optimizer whose state cannot be stored."""
+    for name, param in params.items():
+        for slot, value in (optimizer.state.get(param) or {}).items():
+            if value is not None:
+                _check_slot(name, slot, value)
+
+
 def _clone(name: str, slot: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.clone()
+    _check_slot(name, slot, value)
+    return value.clone()
+
+
+def _check_slot(name: str, slot: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.layout == torch.strided:
+        return
+    sparse = isinstance(value, Tensor)
     raise UnsupportedError(
         message(
-            f"the optimizer keeps {slot!r} of parameter {name!r} as {type(value).__name__}",
-            expected="tensors, as torch.optim's optimizers keep",
-            remedy="use one of torch.optim's dense optimizers",
+            f"the optimizer keeps {slot!r} of parameter {name!r} as "
+            + ("a sparse tensor" if sparse else type(value).__name__),
+            expected="dense tensors, as torch.optim's optimizers keep of dense gradients",
+            cause="an embedding with sparse=True" if sparse else "",
+            remedy="make the embedding with sparse=False, or train it without momentum"
+            if sparse
+            else "use one of torch.optim's dense optimizers",
         )
     )
