@@ -129,11 +129,11 @@ class Queries:
         return self._values(state, torch.arange(self.count))
 
     def _values(self, state: State, ids: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.enable_grad():  # of nothing, but for a loss that takes gradients by itself
             values = []
             for part, measure, at in self._batches(state, ids):
                 with _measuring(part):
-                    values.append(measure(at))
+                    values.append(measure(at).detach())
         return torch.cat(values)
 
     def _check_company(self, state: State, ids: Tensor) -> None:
