@@ -36,10 +36,12 @@ def gradient_difference(recorded: Tensor, replayed: Tensor) -> float:
     return difference / norm if norm > 0 and difference == difference else float("inf")
 
 
-def explain_gradient(step: StepRecord, replayed: Tensor, unknown: int, otherwise: Sequence[str] = ()) -> str:
+def explain_gradient(
+    step: StepRecord, replayed: Tensor, unknown: int, otherwise: Sequence[str] = (), *, compiled: bool = False
+) -> str:
     """A refusal's message for a replayed gradient that is not the recorded one, nor were perhaps ``unknown`` before.
 
-    ``otherwise``: how this process differs from the recording's.
+    ``otherwise``: how this process differs from the recording's; ``compiled``: the model was compiled there.
     """
     assert step.fingerprint is not None
     a, b = step.fingerprint.to("cpu", torch.float64), replayed.to("cpu", torch.float64)
@@ -51,6 +53,16 @@ def explain_gradient(step: StepRecord, replayed: Tensor, unknown: int, otherwise
         factor, word = (ratio, "larger") if ratio > 1 else (1 / ratio, "smaller")
         cause, remedy = _scale_cause(factor, ratio > 1, len(step.batches[0]))
         summary = f"the replayed gradient at step {at} is {factor:.4g} times {word} than the recorded one"
+    elif step.random and compiled:
+        summary = f"the replayed gradient at step {at} differs from the recorded one"
+        cause = (
+            "the model was compiled when it trained, and compiled dropout draws other numbers from the same state than "
+            "the replay, which is not compiled; or random numbers were drawn otherwise than in the loss given here"
+        )
+        remedy = (
+            "record with torch.compile(model, backend='eager') or 'aot_eager', or after "
+            "torch._inductor.config.fallback_random = True"
+        )
     elif step.random:
         summary = f"the replayed gradient at step {at} differs from the recorded one"
         cause = (
@@ -214,9 +226,13 @@ def explain_state(recorded: State, replayed: State, since: int) -> str:
     if kind == "buffer":
         cause = (
             "a forward pass in training mode beside the recorded batches (a validation pass without "
-            "model.eval()), or batches that the loop changed before the model saw them"
+            "model.eval()), batches that the loop changed before the model saw them, or an attribute of a layer that "
+            "the loop changed or that differs in the model given here (BatchNorm's momentum)"
         )
-        remedy = "call model.eval() before such passes and model.train() after them, and record again"
+        remedy = (
+            "call model.eval() before such passes and model.train() after them, leave such attributes as they are, and "
+            "record again"
+        )
     else:
         cause = (
             "something else than the recorded optimizer changed it: another optimizer, clamping, re-initialisation, "

@@ -261,7 +261,8 @@ class Replayer:
             little = sorted((t, by) for t, by in self.differences.items() if t < step.index and by <= trained)
             if any(by > _GROWN * trained for _, by in little):
                 raise MismatchError(explain_drift(step, difference, little[0], otherwise))
-            raise MismatchError(explain_gradient(step, replayed, len(suspected) - 1, otherwise))
+            compiled = bool(self._trajectory.manifest.extra.get("compiled"))
+            raise MismatchError(explain_gradient(step, replayed, len(suspected) - 1, otherwise, compiled=compiled))
 
     def _look_at_data(self, step: StepRecord) -> None:
         """Refuse batches without digests whose content is not the one that other steps' digests tell, if they do."""
