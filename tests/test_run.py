@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default
 from hydragrad.errors import MismatchError, UnsupportedError
 from hydragrad.problem import Reduction
 from hydragrad.trajectory.agreement import explain_gradient
+from hydragrad.trajectory.binding import check_model
 from hydragrad.trajectory.recording import record
+from hydragrad.trajectory.store import Trajectory
 from tests.trajectory.loops import (
     CLASSES,
     FEATURES,
@@ -62,6 +64,12 @@ def wide(hidden: int = 5, dtype: torch.dtype = torch.float32) -> nn.Sequential:
 def test_another_model_is_refused(model: nn.Module, words: str, recorded: Path) -> None:
     with pytest.raises(MismatchError, match=words):
         bind(recorded, model=model)
+
+
+def test_a_function_in_place_of_the_model_is_refused(recorded: Path) -> None:
+    model: Any = wide
+    with pytest.raises(UnsupportedError, match=r"no torch\.nn\.Module.*Got: wide.*Remedy: .*model=build\(\)"):
+        check_model(model, Trajectory(recorded).manifest)
 
 
 class Noisy(Dataset):

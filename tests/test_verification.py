@@ -133,6 +133,21 @@ def test_a_state_changed_beside_the_steps_is_named_and_refused(what: str, step: 
     assert f"{what} '{name}" in str(refused.value)
 
 
+def test_a_momentum_that_the_loop_edits_is_among_the_causes(tmp_path: Path) -> None:
+    """No gradient tells: training does not read running statistics."""
+    model = normalized()
+    norm: Any = model.get_submodule("1")
+
+    def edit() -> None:
+        norm.momentum *= 0.5
+
+    record_run(tmp_path / "run", model, on_step=edit)
+    found = verify(bind(tmp_path / "run", model=normalized()))
+    assert not found
+    assert "an attribute of a layer that the loop changed" in str(found)
+    assert "BatchNorm's momentum" in str(found)
+
+
 def test_validation_in_evaluation_mode_changes_nothing(tmp_path: Path) -> None:
     model = normalized()
     record_run(tmp_path / "run", model, on_step=validated_while_training(model, False))

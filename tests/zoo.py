@@ -115,6 +115,17 @@ class Centered(nn.Module):
         return out
 
 
+class InTraining(nn.Module):
+    """A part that is left out in evaluation, as one that couples the examples of a batch must be."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x) if self.training else x
+
+
 class Stacked(nn.Module):
     """Two layers of LSTM with dropout between them, the last output classified."""
 
@@ -243,7 +254,11 @@ _BUFFERED: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], str]]
     "batchnorm": (_batchnorm(), classification, _VECTORS),
     "batchnorm_cumulative": (_batchnorm(momentum=None), classification, _VECTORS),
     "batchnorm_fixed_scale": (_batchnorm(affine=False, momentum=0.3), classification, _VECTORS),
-    "batchnorm_untracked": (_batchnorm(track_running_stats=False), classification, _VECTORS),
+    "batchnorm_untracked": (
+        _mlp(InTraining(nn.BatchNorm1d(6, track_running_stats=False)), nn.Tanh()),
+        classification,
+        _VECTORS,
+    ),
     "conv_batchnorm": (_conv(nn.BatchNorm2d(3)), classification, _IMAGES),
     "instancenorm": (_conv(nn.InstanceNorm2d(3, affine=True)), classification, _IMAGES),
     "instancenorm_tracked": (_conv(nn.InstanceNorm2d(3, track_running_stats=True)), classification, _IMAGES),

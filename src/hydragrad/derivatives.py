@@ -1,6 +1,5 @@
 """Whether torch's derivatives of a model are right: against finite differences, in float64, on one batch."""
 
-import copy
 from dataclasses import fields, replace
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hydragrad.copying import copy_of
 from hydragrad.hypergradient.costs import probe_block, probe_buffers
 from hydragrad.hypergradient.curvature import zeros
 from hydragrad.hypergradient.engines import reference
@@ -54,7 +54,7 @@ def _error(objective: Objective, point: Point, method: str) -> float | None:
     try:
         double = Objective(
             objective.problem,
-            copy.deepcopy(objective.module).double(),
+            copy_of(objective.module).double(),
             objective.names,
             objective.carried,
             objective.counters,

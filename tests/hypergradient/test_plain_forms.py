@@ -17,6 +17,7 @@ import hydragrad as hg
 from hydragrad.step.plain_forms import activations_kept, forms_needed, plain_forms
 from tests.hypergradient.recorded import STEPS, recipe_of, recorded, values
 from tests.oracles import unroll
+from tests.test_refusals import trained
 from tests.tolerances import FINITE_DIFFERENCE, ORACLE, SAME, assert_close, relative_error
 from tests.zoo import CLASSES, Case, case
 
@@ -127,13 +128,100 @@ def test_what_torch_cannot_differentiate_twice_is_refused_by_name(tmp_path: Path
         hg.attribute(run, problem.queries, progress=False)
 
 
+class Table(nn.Module):
+    """Embeddings by torch's layer, or by the function called directly."""
+
+    def __init__(self, direct: bool = False, frozen: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(TOKENS, 4, **options), nn.Linear(4, CLASSES)
+        self.direct, self.options = direct, options
+        self.table.requires_grad_(not frozen)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = F.embedding(tokens, self.table.weight, **self.options) if self.direct else self.table(tokens)
+        return self.head(torch.tanh(rows).mean(1))
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"scale_grad_by_freq": True}, "divides its gradient by the frequency"),
+        ({"max_norm": 0.5}, "shortens its rows in every forward pass"),
+    ],
+)
+def test_embeddings_whose_steps_follow_no_gradient_are_refused(
+    option: dict[str, Any], words: str, direct: bool, tmp_path: Path
+) -> None:
+    problem = problem_of({"direct": direct, **option}, Table)
+    run = recorded(recipe_of(problem), tmp_path / "run")
+    assert hg.verify(run).exact
+    for method in ("exact", "hessian-free"):
+        with pytest.raises(hg.UnsupportedError, match=rf"{words}.*Got: {next(iter(option))}=.*Remedy: "):
+            hg.attribute(run, problem.queries, method=method, progress=False)
+
+
+def test_embeddings_that_do_not_train_are_let_be(tmp_path: Path) -> None:
+    problem = problem_of({"frozen": True, "scale_grad_by_freq": True}, Table)
+    found = values(recorded(recipe_of(problem), tmp_path / "run"), problem.queries, compile=False)
+    truth = unroll(recipe_of(problem, steps=STEPS)).scores(problem.queries)
+    assert relative_error(found, truth) <= ORACLE[torch.float64]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's own Adagrad
+@pytest.mark.parametrize(("optimizer", "hyper"), [("SGD", {"lr": 0.3}), ("Adagrad", {"lr": 0.1, "eps": 1e-3})])
+@pytest.mark.parametrize("kind", [Table, Bags])
+def test_embeddings_with_sparse_gradients_are_exact(
+    kind: Callable[..., nn.Module], optimizer: str, hyper: dict[str, float], tmp_path: Path
+) -> None:
+    """The oracle's gradients are dense: a row that no token names has a gradient of zeros."""
+
+    def problem(sparse: bool) -> Case:
+        return problem_of({"sparse": sparse, **({"flat": False} if kind is Bags else {})}, kind)
+
+    run = recorded(recipe_of(problem(True), optimizer, hyper), tmp_path / "run")
+    assert hg.verify(run).exact
+    queries = problem(False).queries
+    oracle = problem_of({"flat": False, "mode": "mean"}, ByHand) if kind is Bags else problem(False)
+    truth = unroll(recipe_of(oracle, optimizer, hyper, steps=STEPS)).scores(queries)
+    assert relative_error(values(run, queries, compile=False), truth) <= ORACLE[torch.float64]
+
+
+def test_the_older_weight_norm_is_exact(tmp_path: Path) -> None:
+    """It computes the weight before each call, and leaves it with the module; the oracle has the newer one."""
+
+    def build(norm: Callable[[nn.Module], nn.Module]) -> nn.Sequential:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            return nn.Sequential(norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, CLASSES)).double()
+
+    with pytest.warns(FutureWarning):
+        model = build(nn.utils.weight_norm)
+    run = trained(tmp_path / "run", model, momentum=0.9)
+    assert not model[0].weight.is_leaf  # type: ignore[union-attr]
+    assert hg.verify(run).exact
+    problem = replace(case("mlp_tanh"), build=lambda: build(nn.utils.parametrizations.weight_norm))
+    truth = unroll(recipe_of(problem, steps=STEPS)).scores(problem.queries)
+    assert relative_error(values(run, problem.queries, compile=False), truth) <= ORACLE[torch.float64]
+
+
+def test_the_older_spectral_norm_is_refused(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        first = nn.utils.spectral_norm(nn.Linear(4, 6))
+        model = nn.Sequential(first, nn.Tanh(), nn.Linear(6, CLASSES)).double()
+    run = trained(tmp_path / "run", model)
+    with pytest.raises(hg.UnsupportedError, match=r"module '0' is a spectral norm"):
+        hg.attribute(run, case("mlp_tanh").queries, progress=False)
+
+
 class Checkpointed(nn.Module):
     """A part whose activations are computed again in the backward pass, dropout and all."""
 
-    def __init__(self, reentrant: bool | None, dropout: float) -> None:
+    def __init__(self, reentrant: bool | None, dropout: float, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.first, self.last, self.reentrant = nn.Linear(4, 6), nn.Linear(6, CLASSES), reentrant
-        self.middle = nn.Sequential(nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 6), nn.Tanh())
+        self.middle = nn.Sequential(nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 6), norm or nn.Identity(), nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -166,6 +254,50 @@ def test_activations_that_training_computes_again_are_kept_in_sweeps(
     with activations_kept():
         assert not hasattr(torch_checkpoint.CheckpointFunction, "backward")
     assert hasattr(torch_checkpoint.CheckpointFunction, "backward")  # torch's own is back
+
+
+def normalized(reentrant: bool | None, momentum: float | None) -> Case:
+    def build() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            return Checkpointed(reentrant, 0.0, nn.BatchNorm1d(6, momentum=momentum)).double()
+
+    return replace(case("mlp_tanh"), build=build)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_statistics_that_training_computes_twice_are_refused(
+    reentrant: bool, momentum: float | None, tmp_path: Path
+) -> None:
+    """The backward pass runs that part again, and its batch counts twice: in no forward pass does it."""
+    problem = normalized(reentrant, momentum)
+    run = recorded(recipe_of(problem), tmp_path / "run")
+    assert hg.verify(run).exact
+    words = r"left another buffer 'middle\.3\..*Expected: .*Got: .*checkpoint.*around BatchNorm.*outside of"
+    for method in ("exact", "hessian-free"):
+        with pytest.raises(hg.UnsupportedError, match=words):
+            hg.attribute(run, problem.queries, method=method, progress=False)
+    with pytest.raises(hg.UnsupportedError, match=words):
+        hg.hypergradients(run, [0], progress=False)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_statistics_that_move_at_a_few_steps_only_are_looked_at_there(steps: int, tmp_path: Path) -> None:
+    """Frozen from a step on, where the last checkpoint sees nothing; frozen throughout there is nothing to see."""
+
+    def modes(model: nn.Module, t: int) -> None:
+        model.get_submodule("middle.3").train(t < steps)
+
+    problem = normalized(False, 0.3)
+    run = recorded(recipe_of(problem, modes=modes), tmp_path / "run")
+    if steps:
+        with pytest.raises(hg.UnsupportedError, match="left another buffer"):
+            hg.attribute(run, problem.queries, progress=False)
+        return
+    truth = unroll(recipe_of(normalized(None, 0.3), steps=STEPS, modes=modes)).scores(problem.queries)
+    assert relative_error(values(run, problem.queries, compile=False), truth) <= ORACLE[torch.float64]
 
 
 @pytest.mark.parametrize("still", [False, True])

@@ -1,5 +1,6 @@
 """Scores token by token against a dense oracle that weighs every token of every step by itself."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 import hydragrad as hg
 from hydragrad.hypergradient.scaled import PerExampleGradients
@@ -36,6 +37,37 @@ def test_tokens_agree_with_the_oracle(option, tmp_path):
     assert found.shape == (N_TRAIN, L, len(PROBLEM.queries))
     assert_close(found, expected, ORACLE)
     assert len(expected.flatten().unique()) > expected[:, 0].numel()  # the tokens do differ
+
+
+def test_a_mean_over_the_tokens_of_all_micro_batches_of_a_step(tmp_path):
+    """As the page on recording writes it: batches carry the step's count, and are kept."""
+    steps = [[[0, 1, 2], [3, 4, 5, 6]], [[7, 8], [9]], [[1, 10, 11], [0, 2, 4, 6]]]
+    counts = {3: 7 * L, 4: 7 * L, 2: 3 * L, 1: 3 * L}  # of a step, by the size of a micro-batch in it
+    recipe = recipe_of(PROBLEM, steps=steps, reduction=lambda batch, shape: 1 / torch.tensor(counts[shape[0]]).double())
+    model = PROBLEM.build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def counted() -> Iterator[Any]:
+        for step in steps:
+            tokens = sum(PROBLEM.samples[i][1].numel() for ids in step for i in ids)
+            for ids in step:
+                yield (*default_collate([PROBLEM.samples[i] for i in ids]), torch.tensor(tokens))
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        return PROBLEM.loss(model, batch[:2])
+
+    with hg.record(tmp_path / "run", model, optimizer, keep_batches=True) as recording:
+        for k, batch in enumerate(recording.batches(counted(), indices=[ids for step in steps for ids in step])):
+            (loss(model, batch).sum() / batch[2]).backward()
+            if k % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    given = {"model": PROBLEM.build(), "loss": loss, "data": PROBLEM.samples}
+    run = hg.load(tmp_path / "run", **given, reduction=lambda batch, shape: 1 / batch[2].double())
+    assert hg.verify(run)  # a quotient of the sum rounds otherwise than a sum of quotients
+    assert_close(values(run, PROBLEM.queries), unroll(recipe).scores(PROBLEM.queries), ORACLE)
+    with pytest.raises(hg.MismatchError, match="the replayed gradient at step 0"):
+        hg.load(tmp_path / "run", **given)  # a mean over each micro-batch is another loss
 
 
 def test_epoch_by_epoch(run):

@@ -151,6 +151,25 @@ def test_a_compiled_runs_rounding_is_explained(tmp_path: Path) -> None:
     assert "a compiled model was trained; its replay is not compiled" in str(found)
 
 
+def test_dropout_that_a_compiler_draws_otherwise_is_named(tmp_path: Path) -> None:
+    """As inductor does by default, this backend draws what the plain model would not."""
+
+    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            torch.rand(1)
+            return graph.forward(*args)
+
+        return call
+
+    model = normed()
+    trained = torch.compile(model, backend=backend)
+    assert isinstance(trained, nn.Module)
+    recorded(tmp_path / "run", trained, sgd(model), plain)
+    words = r"Likely cause: the model was compiled .* draws other numbers.*Remedy: .*backend='eager'.*fallback_random"
+    with pytest.raises(MismatchError, match=words):
+        bind(tmp_path / "run", model=normed())
+
+
 def test_channels_last(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return seeded(

@@ -265,6 +265,31 @@ def test_what_cannot_be_watched_is_refused(tmp_path: Path) -> None:
         record(tmp_path / "other", model, sgd(make_model()))
 
 
+def test_models_and_optimizers_that_cannot_be_recorded_are_refused(tmp_path: Path) -> None:
+    model = make_model()
+    make: Any = make_model
+    with pytest.raises(UnsupportedError, match=r"no torch\.nn\.Module.*Got: make_model.*not model=build"):
+        record(tmp_path / "run", make, sgd(model))
+    several: Any = [sgd(model), sgd(model)]
+    with pytest.raises(UnsupportedError, match=r"not an optimizer.*Got: list.*several.*in param groups"):
+        record(tmp_path / "run", model, several)
+    model.register_parameter("phase", nn.Parameter(torch.zeros(2, dtype=torch.complex128)))
+    with pytest.raises(UnsupportedError, match=r"'phase' is torch\.complex128.*view_as_real"):
+        record(tmp_path / "run", model, sgd(model))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sparse_momentum_is_refused_at_the_first_step(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(N, 3, sparse=True), nn.Linear(3, 3))
+    optimizer, batches = sgd(model), [torch.arange(4), torch.arange(4, 8)]
+    with record(tmp_path / "run", model, optimizer) as recording:
+        passing = iter(recording.batches(batches, indices=[[0, 1, 2, 3], [4, 5, 6, 7]]))
+        model(next(passing)).sum().backward()
+        with pytest.raises(UnsupportedError, match=r"'momentum_buffer' of parameter '0\.weight' as a sparse.*sparse=F"):
+            optimizer.step()
+        optimizer.state.clear()  # or the end of the recording, which stores a state, would be refused likewise
+
+
 def test_a_second_step_on_one_batch_is_refused_with_what_to_do(tmp_path: Path) -> None:
     model = make_model()
     optimizer = sgd(model)

@@ -1,6 +1,5 @@
 """Gradients of single examples as flat rows, a chunk at a time: what every baseline is made of."""
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from hydragrad.asked import Asked
 from hydragrad.attribution import Attribution
+from hydragrad.copying import copy_of
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, NonFiniteError, message
 from hydragrad.hypergradient.agreement import AGREEMENT
@@ -54,7 +54,7 @@ class Setting:
         self.run = run
         self.names = _of_layer(run, trained_names(run), layer)
         self.device = next((p.device for p in run.problem.model.parameters()), torch.device("cpu"))
-        self.objective = Objective(run.problem, copy.deepcopy(run.problem.model).eval(), self.names)
+        self.objective = Objective(run.problem, copy_of(run.problem.model).eval(), self.names)
         mode = run.trajectory.manifest.collate["mode"]
         self._source = BatchSource(run.problem.data, run.problem.collate, self.device, mode)
         self._single = mode == "index"

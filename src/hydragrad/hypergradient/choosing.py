@@ -7,9 +7,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from hydragrad.hypergradient.consistency import gradient_gap
+from hydragrad.hypergradient.consistency import check_buffers, gradient_gap
 from hydragrad.hypergradient.costs import activation_bytes, probe_block, products, seconds_of
 from hydragrad.hypergradient.curvature import Engine
+from hydragrad.hypergradient.embeddings import check_embeddings
 from hydragrad.hypergradient.naming import named
 from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.scaled import Direct, ScaledEngine
@@ -139,16 +140,40 @@ def _probe_point(sweep: Sweep) -> tuple[Point, float, float]:
     key = ("probed", start, sweep.objective.names, sweep.gap_limit)
     known = key in sweep.run.memo
     seconds = 0.0
+    if not known:
+        _check_buffers(sweep, starts)
     if not known or record.random:  # a step that draws leaves its random states with the replayer
         seconds = seconds_of(step, replayer.device, repeats=2)
-    batches = [*replayer.batches(record), *replayer.passed(record)]
-    moment = Moment(record, state_on(state, replayer.device), gradient, batches, replayer.random)
-    points = [point for _, _, point in points_of(moment, sweep.objective)]
+    points = _points_at(sweep, state, gradient)
     if not known:
+        check_embeddings(sweep.objective, points[0])
         flowing = {name: g for name, g in gradient.items() if name not in record.frozen}
         sweep.run.memo[key] = (seconds, gradient_gap(sweep.objective, points, flowing, sweep.gap_limit))
     replay, gap = sweep.run.memo[key]
     return max(points, key=lambda point: bool(point.coefficients.any())), replay, gap  # the first that was not skipped
+
+
+def _points_at(sweep: Sweep, state: State, gradient: dict[str, Tensor]) -> list[Point]:
+    """The points of the step from ``state``, which the replayer took last."""
+    replayer, record = sweep.replayer, sweep.run.trajectory.steps[state.step]
+    batches = [*replayer.batches(record), *replayer.passed(record)]
+    moment = Moment(record, state_on(state, replayer.device), gradient, batches, replayer.random)
+    return [point for _, _, point in points_of(moment, sweep.objective)]
+
+
+def _check_buffers(sweep: Sweep, starts: list[int]) -> None:
+    """``check_buffers`` at the first of ``starts``, where buffers move most, and at one in each other set of modes."""
+    if not sweep.objective.carried:
+        return
+    steps, replayer = sweep.run.trajectory.steps, sweep.replayer
+    firsts = {frozenset(steps[t].modes.items()): t for t in reversed(starts)}
+    for start in firsts.values():
+        state = sweep.run.trajectory.state(start)
+        replayer.restore(state)
+        gradient = advance(replayer, steps[start])
+        left = replayer.state(slots=False).buffers
+        last = _points_at(sweep, state, gradient)[-1]
+        check_buffers(sweep.objective, last, state.buffers, left, sweep.gap_limit, sweep.run.half_precision)
 
 
 def state_on(state: State, device: torch.device) -> State:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hydragrad.errors import MismatchError, message
+from hydragrad.errors import MismatchError, UnsupportedError, message
 from hydragrad.step.objective import Objective, Point
 from hydragrad.trajectory.agreement import tolerance
 
@@ -61,6 +61,51 @@ def gradient_gap(
             )
         )
     return gap
+
+
+_ROUNDINGS = 64
+"""A buffer's own roundings that may lie between two ways of computing it: sums over the batch in another order."""
+
+
+def check_buffers(
+    objective: Objective,
+    last: Point,
+    before: Mapping[str, Tensor],
+    left: Mapping[str, Tensor],
+    limit: float | None,
+    half: torch.dtype | None,
+) -> None:
+    """Refuse a step that left other buffers than the forward passes which are differentiated leave.
+
+    ``last``: the point of the pass that was run last; ``before``, ``left``: all buffers by name around the step;
+    ``limit``: what is more than rounding, of how far a buffer moved (None: by dtype); ``half``: the dtype of autocast.
+    """
+    carried, rest = objective.after(last)
+    after = {**dict(zip(objective.carried, carried, strict=True)), **{name: rest[name] for name in objective.counters}}
+    for name, found in after.items():
+        was, taken = before[name].to(found.device), left[name].to(found.device)
+        if not taken.is_floating_point():
+            if not torch.equal(found, taken):
+                raise UnsupportedError(_other_buffer(name, f"{taken.flatten()[:4].tolist()}", "another value"))
+            continue
+        apart, moved, size = _norm([found - taken]), _norm([taken - was]), _norm([taken])
+        allowed = (tolerance(taken.dtype) if limit is None else limit) * moved
+        allowed += max(_ROUNDINGS * torch.finfo(taken.dtype).eps, torch.finfo(half).eps if half else 0.0) * size
+        if size < float("inf") and not apart <= allowed:  # a run that is not finite is named as that elsewhere
+            raise UnsupportedError(_other_buffer(name, f"moved by {moved:.3g}", f"{apart:.3g} away from it"))
+
+
+def _other_buffer(name: str, expected: str, got: str) -> str:
+    return message(
+        f"the training step left another buffer {name!r} than its forward pass does",
+        expected=f"{expected}, as the step left it",
+        got=f"{got}, from the forward passes of its batches alone",
+        cause="activation checkpointing (torch.utils.checkpoint) around BatchNorm, which is run again in the backward "
+        "pass and counts the batch twice; or a module that updates buffers elsewhere than in its forward pass (a "
+        "hook, a moving average of the parameters)",
+        remedy="keep BatchNorm outside of the checkpointed part, or train without checkpointing; update buffers in "
+        "forward()",
+    )
 
 
 def _above(gap: float) -> float:

@@ -69,7 +69,7 @@ def _weights(moment: Moment, ids: Tensor, coefficients: Tensor) -> Tensor:
 
 def _refuse_other_noise(objective: Objective, point: Point, random: RandomState, step: int) -> None:
     """Refuse losses that depend on draws of numpy or Python: only torch's can be handed out again as constants."""
-    with torch.no_grad(), objective.differentiable():
+    with torch.enable_grad(), objective.differentiable():
         at = (point.params, point.rest, point.batch, point.carried, point.draws)
         with random.restored():
             drawn = objective.losses(*at)

@@ -1,6 +1,5 @@
 """The queries: what is measured of a trained model, and its sensitivity to the parameters."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,13 +8,16 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from hydragrad.copying import copy_of
 from hydragrad.errors import HydragradError, MismatchError, NonFiniteError, message
 from hydragrad.files import sha256
+from hydragrad.hypergradient.company import check_company
 from hydragrad.hypergradient.curvature import over_block, vjp
 from hydragrad.problem import Problem
 from hydragrad.step.objective import Objective, Vectors
 from hydragrad.trajectory.batches import BatchSource
 from hydragrad.trajectory.digests import batch_digests
+from hydragrad.trajectory.randomness import undisturbed
 from hydragrad.trajectory.state import State
 
 _TOGETHER = 16
@@ -120,15 +122,27 @@ class Queries:
         )
         self._source = BatchSource(data, problem.collate, device, mode)
         self._together = 1 if mode == "index" else _TOGETHER
+        self._alone = False
 
     def values(self, state: State) -> Tensor:
         """M [M] at a state."""
-        with torch.no_grad():
+        return self._values(state, torch.arange(self.count))
+
+    def _values(self, state: State, ids: Tensor) -> Tensor:
+        with torch.enable_grad():  # of nothing, but for a loss that takes gradients by itself
             values = []
-            for ids, measure, at in self._batches(state, torch.arange(self.count)):
-                with _measuring(ids):
-                    values.append(measure(at))
+            for part, measure, at in self._batches(state, ids):
+                with _measuring(part):
+                    values.append(measure(at).detach())
         return torch.cat(values)
+
+    def _check_company(self, state: State, ids: Tensor) -> None:
+        """``check_company`` once, on the first queries that are measured together."""
+        part = ids[: self._together]
+        if len(part) > 1 and not self._alone:
+            self._alone = True
+            with self._objective.differentiable(), undisturbed():
+                check_company(lambda ids: self._values(state, ids), part, self.device)
 
     def digest(self) -> str:
         """Tells these queries from others by their content, in order."""
@@ -139,6 +153,7 @@ class Queries:
         """D m/dw and d m/dv of the chosen columns: a block ``[number of columns, *shape]`` a parameter, a buffer."""
         width = chosen.stop - chosen.start
         total: list[Tensor] | None = None
+        self._check_company(state, columns.of_block(chosen))
         for ids, measure, at in self._batches(state, columns.of_block(chosen)):
             local, rows = columns.of[ids].unique(return_inverse=True)
             cotangents = torch.zeros(len(local), len(ids), dtype=at[0].dtype)
@@ -217,7 +232,7 @@ def _measuring(ids: Tensor) -> Iterator[None]:
 
 
 def _evaluation(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval()
+    return copy_of(model).eval()
 
 
 def length_of(data: Any) -> int:

@@ -1,6 +1,5 @@
 """What every sweep over a recorded run needs, gathered once: objective, optimizer, checks that it can be swept."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from hydragrad.copying import copy_of
 from hydragrad.errors import UnsupportedError, message
 from hydragrad.hypergradient.consistency import HALF_PRECISION
 from hydragrad.hypergradient.formulas import check_update
@@ -16,13 +16,13 @@ from hydragrad.run import Run
 from hydragrad.step.known import ships, update_of
 from hydragrad.step.objective import Objective
 from hydragrad.step.optimizer_map import OptimizerMap
+from hydragrad.step.plain_forms import hooked
 from hydragrad.trajectory.finite import check_finite
 from hydragrad.trajectory.replay import Replayer
 from hydragrad.trajectory.reweighted import Reweighted
 from hydragrad.trajectory.state import State
 from hydragrad.trajectory.store import Trajectory
 
-_SPECTRAL = ("_SpectralNorm",)
 _PRECISE = (torch.float32, torch.float64)
 
 
@@ -62,7 +62,7 @@ class Sweep:
         carried, counters = changed_buffers(run, replayer, stop)
         key = ("objective", tuple(trained), carried, counters)
         if key not in run.memo:
-            run.memo[key] = Objective(run.problem, copy.deepcopy(run.problem.model), trained, carried, counters)
+            run.memo[key] = Objective(run.problem, copy_of(run.problem.model), trained, carried, counters)
         objective: Objective = run.memo[key]
         objective.follow_modes(manifest.modes)
         sweep = Sweep(
@@ -146,7 +146,7 @@ class Sweep:
                         remedy="train with BatchNorm, or freeze the statistics with .eval() on those layers",
                     )
                 )
-            if trains and type(part).__name__ in _SPECTRAL:
+            if trains and (type(part).__name__ == "_SpectralNorm" or hooked(part, "SpectralNorm")):
                 raise UnsupportedError(
                     message(
                         f"module {name!r} is a spectral norm that trains",

@@ -1,6 +1,5 @@
 """The losses of the training examples with every label tried: the model is run once an input, the loss once a label."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
+from hydragrad.copying import copy_of
 from hydragrad.errors import HydragradError, MismatchError, message
 from hydragrad.labels import Relabel, with_label
 from hydragrad.run import Run
@@ -36,7 +36,7 @@ class LabelLosses:
         problem, mode = run.problem, run.trajectory.manifest.collate["mode"]
         data = problem.data if data is None else data
         self._problem, self._count = problem, len(data)
-        self._model = copy.deepcopy(problem.model).eval()
+        self._model = copy_of(problem.model).eval()
         self._calls = _Calls(self._model.forward)
         self._model.__dict__["forward"] = self._calls  # on this private copy
         device = next((parameter.device for parameter in self._model.parameters()), torch.device("cpu"))

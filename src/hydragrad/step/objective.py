@@ -120,23 +120,24 @@ class Objective:
         """The shape of the losses of a batch, found by running it once for every form of batch."""
         key = (examples, form_of(point.batch, []))
         if key not in self._shapes:
-            losses = self.losses(point.params, point.rest, point.batch, point.carried, point.draws)
+            with torch.enable_grad():
+                losses = self.losses(point.params, point.rest, point.batch, point.carried, point.draws)
             self._shapes[key] = self.problem.checked(losses, examples).shape
         return self._shapes[key]
 
     def drawn(self, point: Point) -> Vectors:
         """The random numbers that the forward pass draws from the present random state, in order."""
-        with self.differentiable(), torch.no_grad():
+        with self.differentiable(), torch.enable_grad():  # nothing needs gradients but what the loss itself asks for
             tensors = self._tensors(point.params, point.rest, point.carried)
             return captured(lambda: self._run(tensors, point.batch, None))[1]
 
     def after(self, point: Point) -> tuple[Vectors, dict[str, Tensor]]:
         """``(carried, rest)`` as the forward pass leaves them: where the next micro-batch starts."""
-        with self.differentiable(), torch.no_grad():
+        with self.differentiable(), torch.enable_grad():
             tensors = self._tensors(point.params, point.rest, point.carried)
             self._run(tensors, point.batch, HandOut(point.draws) if point.draws else None)
         moved = {name: tensors[f"model.{name}"] for name in self.counters}
-        return self._carried_of(tensors), {**point.rest, **moved}
+        return tuple(v.detach() for v in self._carried_of(tensors)), {**point.rest, **moved}
 
     def losses(
         self, params: Vectors, rest: dict[str, Tensor], batch: Any, carried: Vectors = (), draws: Vectors = ()
@@ -263,18 +264,18 @@ class Objective:
         params = tuple(p.detach().requires_grad_() for p in point.params)
         given = (point.rest, point.batch, point.carried, point.draws)
         floats, others, _ = self.outputs(point.params, *given)
-        losses = self.head(tuple(f.detach() for f in floats), others, params, *given)
+        try:
+            losses = self.head(tuple(f.detach() for f in floats), others, params, *given)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what asks for gradients of the outputs, which here come from nowhere
+            raise UnsupportedError(_unsplit("a loss that differentiates the model by itself")) from error
         direct: Sequence[Tensor | None] = [None]
         if losses.requires_grad:
             direct = torch.autograd.grad(losses.sum(), params, allow_unused=True)
         if not floats or any(g is not None and bool(g.any()) for g in direct):
             raise UnsupportedError(
-                message(
-                    "the loss has no Gauss-Newton form",
-                    expected="loss(model, batch) that uses the parameters only through the outputs of model(...)",
-                    got="a loss that calls submodules of the model, or uses its parameters, directly",
-                    remedy="call the model itself in the loss, or choose method='exact'",
-                )
+                _unsplit("a loss that calls submodules of the model, or uses its parameters, directly")
             )
 
     @contextlib.contextmanager
@@ -294,6 +295,15 @@ class Objective:
                 stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield
+
+
+def _unsplit(got: str) -> str:
+    return message(
+        "the loss has no Gauss-Newton form",
+        expected="loss(model, batch) that uses the parameters only through the outputs of model(...)",
+        got=got,
+        remedy="call the model itself in the loss, or choose method='exact'",
+    )
 
 
 def _differentiable(leaf: Any) -> bool:

@@ -18,11 +18,18 @@ def forms_needed(module: nn.Module) -> Forms:
     """What the layers of ``module`` need in plain operations."""
     needed: Forms = {}
     for part in module.modules():
-        if type(part).__name__ == "_WeightNorm":
+        if type(part).__name__ == "_WeightNorm" or hooked(part, "WeightNorm"):
             needed[torch._weight_norm] = _weight_norm  # pyright: ignore[reportPrivateImportUsage]
         elif isinstance(part, nn.EmbeddingBag) and _is_plain(part.mode, part.max_norm, part.scale_grad_by_freq):
             needed[F.embedding_bag] = _embedding_bag
+        elif isinstance(part, nn.Embedding) and part.sparse:
+            needed[F.embedding] = _embedding
     return needed
+
+
+def hooked(part: nn.Module, kind: str) -> bool:
+    """Whether ``torch.nn.utils.weight_norm`` or ``spectral_norm`` (the older ones) computes a weight of ``part``."""
+    return any(type(hook).__name__ == kind for hook in part._forward_pre_hooks.values())
 
 
 def plain_forms(needed: Forms) -> contextlib.AbstractContextManager[Any]:
@@ -80,6 +87,19 @@ class _Replaced(TorchFunctionMode):
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """The weight g v / ||v||: the fused kernel's second derivative is wrong (seen with torch 2.13 on CPU)."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """With a dense gradient: a sparse one has hardly any operations."""
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
 
 
 def _is_plain(mode: str, max_norm: float | None, scale_grad_by_freq: bool) -> bool:

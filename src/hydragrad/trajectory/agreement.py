@@ -43,10 +43,13 @@ def explain_gradient(
     unknown: int,
     otherwise: Sequence[str] = (),
     suspected: Suspicion | None = None,
+    *,
+    compiled: bool = False,
 ) -> str:
     """A refusal's message for a replayed gradient that is not the recorded one, nor were perhaps ``unknown`` before.
 
-    ``otherwise``: how this process differs from the recording's; ``suspected``: what is told first.
+    ``otherwise``: how this process differs from the recording's; ``suspected``: what is told first; ``compiled``: the
+    model was compiled there.
     """
     assert step.fingerprint is not None
     a, b = step.fingerprint.to("cpu", torch.float64), replayed.to("cpu", torch.float64)
@@ -58,28 +61,39 @@ def explain_gradient(
         factor, word = (ratio, "larger") if ratio > 1 else (1 / ratio, "smaller")
         cause, remedy = _scale_cause(factor, ratio > 1, len(step.batches[0]))
         summary = f"the replayed gradient at step {at} is {factor:.4g} times {word} than the recorded one"
-    elif step.random:
-        summary = f"the replayed gradient at step {at} differs from the recorded one"
-        cause = (
-            "random numbers were drawn inside the step otherwise than in the loss given here (noise or mixup in the "
-            "loop itself), or from a generator of one's own"
-        )
-        remedy = "draw them inside loss(model, batch), from the global generators of torch, numpy or Python"
     else:
-        summary = f"the replayed gradient at step {at} differs from the recorded one, not only in scale"
-        cause = (
-            "another loss or model code than in the recorded loop, a penalty in the loop's loss (penalty=), or "
-            "gradients changed before the step (clipped by torch's own function)"
-        )
-        remedy = (
-            "give the loss that was trained, per example, and the model's code as it was; clip by "
-            "recording.clip_grad_norm_ or recording.clip_grad_value_"
-        )
+        summary = f"the replayed gradient at step {at} differs from the recorded one"
+        if not step.random:
+            summary = f"the replayed gradient at step {at} differs from the recorded one, not only in scale"
+        cause, remedy = _other_cause(bool(step.random), compiled)
     if suspected is not None:
         cause, remedy = f"{suspected.cause}; or {cause}", f"{suspected.remedy}; else {remedy}"
     expected, got = _told(a), _told(b)
     cause = "; or ".join([cause + (_BETWEEN if step.index else ""), *otherwise])
     return message(summary, expected=expected, got=got, cause=cause, remedy=remedy)
+
+
+def _other_cause(random: bool, compiled: bool) -> tuple[str, str]:
+    """Cause and remedy of a gradient that is another one, of a step that drew random numbers, of a compiled model."""
+    if random and compiled:
+        return (
+            "the model was compiled when it trained, and compiled dropout draws other numbers from the same state than "
+            "the replay, which is not compiled; or random numbers were drawn otherwise than in the loss given here",
+            "record with torch.compile(model, backend='eager') or 'aot_eager', or after "
+            "torch._inductor.config.fallback_random = True",
+        )
+    if random:
+        return (
+            "random numbers were drawn inside the step otherwise than in the loss given here (noise or mixup in the "
+            "loop itself), or from a generator of one's own",
+            "draw them inside loss(model, batch), from the global generators of torch, numpy or Python",
+        )
+    return (
+        "another loss or model code than in the recorded loop, a penalty in the loop's loss (penalty=), or "
+        "gradients changed before the step (clipped by torch's own function)",
+        "give the loss that was trained, per example, and the model's code as it was; clip by "
+        "recording.clip_grad_norm_ or recording.clip_grad_value_",
+    )
 
 
 def explain_left(step: StepRecord, replayed: Tensor) -> str:
@@ -237,9 +251,13 @@ def explain_state(recorded: State, replayed: State, since: int) -> str:
     if kind == "buffer":
         cause = (
             "a forward pass in training mode beside the recorded batches (a validation pass without "
-            "model.eval()), or batches that the loop changed before the model saw them"
+            "model.eval()), batches that the loop changed before the model saw them, or an attribute of a layer that "
+            "the loop changed or that differs in the model given here (BatchNorm's momentum)"
         )
-        remedy = "call model.eval() before such passes and model.train() after them, and record again"
+        remedy = (
+            "call model.eval() before such passes and model.train() after them, leave such attributes as they are, and "
+            "record again"
+        )
     else:
         cause = (
             "something else than the recorded optimizer changed it: another optimizer, clamping, re-initialisation, "

@@ -7,13 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate, default_convert
 
-from hydragrad.errors import MismatchError, message
+from hydragrad.errors import MismatchError, UnsupportedError, message
 from hydragrad.problem import Coefficients, Reduction
+from hydragrad.trajectory.settings import no_module
 from hydragrad.trajectory.state import Manifest, StepRecord
 
 
 def check_model(model: nn.Module, manifest: Manifest) -> None:
     """Refuse a model whose parameters or buffers are not named, shaped and typed as the recorded ones."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(no_module(model))
     params, buffers = (
         {name: {"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")} for name, x in tensors}
         for tensors in (model.named_parameters(), model.named_buffers())

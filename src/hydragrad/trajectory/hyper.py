@@ -22,7 +22,18 @@ A learning rate given as a tensor is rounded to its dtype by what torch computes
 def group_names(params: dict[str, Tensor], optimizer: Optimizer) -> list[list[str]]:
     """Names of the parameters of each group, in the optimizer's order."""
     if not isinstance(optimizer, Optimizer):
-        raise UnsupportedError(message("not an optimizer", expected="a torch.optim optimizer", got=type(optimizer)))
+        raise UnsupportedError(
+            message(
+                "not an optimizer",
+                expected="one torch.optim optimizer",
+                got=type(optimizer).__name__,
+                cause="several optimizers, of which a recording follows one"
+                if isinstance(optimizer, (list, tuple, dict))
+                else "an optimizer of another library, or a wrapper around one",
+                remedy="give one optimizer all parameters, in param groups with hyperparameters of their own: "
+                "torch.optim.AdamW([{'params': a, 'lr': 0.1}, {'params': b, 'lr': 0.01}])",
+            )
+        )
     for name, param in params.items():
         if is_lazy(param):
             raise UnsupportedError(

@@ -23,7 +23,7 @@ from hydragrad.trajectory.points import Point
 from hydragrad.trajectory.randomness import RandomState, RandomWatch
 from hydragrad.trajectory.resuming import Resumption, can_go_on, check_same, last_point, matching_point, put_back
 from hydragrad.trajectory.segments import Segments
-from hydragrad.trajectory.settings import Settings, refuse_closure
+from hydragrad.trajectory.settings import Settings, check_model, refuse_closure
 from hydragrad.trajectory.sources import Sources, Watched
 from hydragrad.trajectory.sparing import digested
 from hydragrad.trajectory.state import Manifest, State, capture_state, check_slots, live_buffers
@@ -78,6 +78,7 @@ def record(
         keep_batches=keep_batches,
         states={**(states or {}), **({"scaler": scaler} if resume and scaler is not None else {})},
     )
+    check_model(model)
     settings.check_optimizer(optimizer)
     return Recording(model, optimizer, settings)
 

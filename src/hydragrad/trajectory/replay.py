@@ -1,12 +1,12 @@
 """Re-running recorded steps exactly, with weights on the examples if asked."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
+from hydragrad.copying import copy_of
 from hydragrad.errors import MismatchError, NonFiniteError, message
 from hydragrad.problem import Problem
 from hydragrad.trajectory.agreement import (
@@ -68,7 +68,7 @@ class Replayer:
 
     def __init__(self, problem: Problem, trajectory: Trajectory, *, check: bool = True) -> None:
         manifest = trajectory.manifest
-        self.module: nn.Module = copy.deepcopy(problem.model)
+        self.module: nn.Module = copy_of(problem.model)
         lay_out(dict(self.module.named_parameters()), manifest)
         self.differences: dict[int, float] = {}
         self.random: tuple[RandomState | None, ...] = ()
@@ -119,10 +119,10 @@ class Replayer:
         return live_buffers(self.module, self._buffers) if self._buffers else {}
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients of the step taken last as the loss gave them, by parameter name (absent: none came)."""
+        """The gradients of the last step as the loss gave them, by name (absent: none came); sparse ones as dense."""
         if self.raw is not None:
             return self.raw
-        return {name: param.grad for name, param in self._params.items() if param.grad is not None}
+        return {name: _dense(param.grad) for name, param in self._params.items() if param.grad is not None}
 
     def passed(self, step: StepRecord, *, compare: bool = True) -> list[tuple[Tensor, Any]]:
         """(ids, batch) of each skipped batch that changed buffers before or within a step, as ``batches``."""
@@ -228,7 +228,7 @@ class Replayer:
     def _clip(self, step: StepRecord) -> None:
         self.raw = None
         if step.clips or self._rewrites:
-            self.raw = {name: p.grad.clone() for name, p in self._params.items() if p.grad is not None}
+            self.raw = {name: g.clone() for name, g in self.gradients().items()}
         for clip in step.clips:
             clip.apply_(self._params)
 
@@ -271,7 +271,10 @@ class Replayer:
             if len(suspected) == 1 and self._was_left(step):
                 raise MismatchError(explain_left(step, replayed))
             kept = outlived(step, self._held)
-            raise MismatchError(explain_gradient(step, replayed, len(suspected) - 1, otherwise, kept))
+            compiled = bool(self._trajectory.manifest.extra.get("compiled"))
+            raise MismatchError(
+                explain_gradient(step, replayed, len(suspected) - 1, otherwise, kept, compiled=compiled)
+            )
 
     def _told(self) -> Tensor:
         """The fingerprint of the gradients as they are held, of the optimizer's parameters."""
@@ -322,3 +325,7 @@ class Replayer:
 
 def _same(digests: Tensor, batch: Any, ids: Tensor) -> bool:
     return torch.equal(batch_digests(batch, len(ids)).cpu(), digests)
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad if grad.layout == torch.strided else grad.to_dense()

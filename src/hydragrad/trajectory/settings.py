@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+import torch
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from hydragrad.errors import UnsupportedError, message
+from hydragrad.files import save_tensors
 from hydragrad.trajectory.optimizers import check_known
 from hydragrad.trajectory.thinning import Thinning
 
@@ -81,6 +84,38 @@ class Settings:
 
 def _has_state(one: Any) -> bool:
     return callable(getattr(one, "state_dict", None)) and callable(getattr(one, "load_state_dict", None))
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no module, and one whose tensors cannot be stored."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(no_module(model))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        try:
+            save_tensors({"": torch.empty(0, dtype=tensor.dtype)}, {})
+        except KeyError as error:
+            raise UnsupportedError(
+                message(
+                    f"{name!r} is {tensor.dtype}, which cannot be stored",
+                    expected="float32 or float64 parameters",
+                    got=str(tensor.dtype),
+                    remedy="keep the real and the imaginary part: nn.Parameter(torch.view_as_real(x)), and "
+                    "torch.view_as_complex in the forward pass"
+                    if tensor.is_complex()
+                    else "keep it in another dtype",
+                )
+            ) from error
+
+
+def no_module(model: Any) -> str:
+    """A refusal's message for a model that is none."""
+    return message(
+        "the model is no torch.nn.Module",
+        expected="the module whose parameters are trained",
+        got=getattr(model, "__qualname__", type(model).__name__),
+        cause="a function that makes the model, or its class" if callable(model) else "",
+        remedy="give the module itself: model=build(), not model=build" if callable(model) else "",
+    )
 
 
 def refuse_closure(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -161,7 +161,7 @@ def capture_state(
 
 
 def check_slots(params: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-    """Raises UnsupportedError for optimizer state that is no tensor: said at the first step, not at a checkpoint."""
+    """Refuse an optimizer whose state cannot be stored: said at the first step, not at a checkpoint."""
     for name, param in params.items():
         for slot, value in optimizer.state.get(param, {}).items():
             if value is not None:
@@ -169,12 +169,17 @@ def check_slots(params: Mapping[str, Tensor], optimizer: Optimizer) -> None:
 
 
 def _tensor(name: str, slot: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.layout == torch.strided:
         return value
+    sparse = isinstance(value, Tensor)
     raise UnsupportedError(
         message(
-            f"the optimizer keeps {slot!r} of parameter {name!r} as {type(value).__name__}",
-            expected="tensors, as torch.optim's optimizers keep",
-            remedy="keep a counter as torch.tensor(0.0); of torch.optim's optimizers use a dense one",
+            f"the optimizer keeps {slot!r} of parameter {name!r} as "
+            + ("a sparse tensor" if sparse else type(value).__name__),
+            expected="dense tensors, as torch.optim's optimizers keep of dense gradients",
+            cause="an embedding with sparse=True" if sparse else "",
+            remedy="make the embedding with sparse=False, or train it without momentum"
+            if sparse
+            else "keep a counter as torch.tensor(0.0)",
         )
     )
