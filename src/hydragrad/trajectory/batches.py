@@ -10,6 +10,7 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 
 from hydragrad.errors import MismatchError, message
 from hydragrad.trajectory.augmentation import Augmented, in_epoch
+from hydragrad.trajectory.ordering import OrderWatch
 
 _CACHE_BYTES = 256 * 2**20
 
@@ -40,6 +41,7 @@ class BatchSource:
         self._tensors, self._positions = _as_tensors(data, self.device) if direct else (None, None)
         kept = direct and self._tensors is None and not isinstance(data, Augmented)  # which differs by epoch
         self._rows = _RowCache(len(data)) if kept else None
+        self._own, self._order = collate is not default_collate, OrderWatch()
 
     def fetch(self, ids: Tensor, *, epoch: int = 0, fresh: bool = False) -> Any:
         """The batch of ``ids`` (int64 [b]) on the device; ``fresh`` asks the data again, past every cache.
@@ -58,14 +60,16 @@ class BatchSource:
         return to_device(batch, self.device)
 
     def _collated(self, ids: Sequence[int], epoch: int) -> Any:
-        asked = in_epoch(self._data, list(ids), epoch)
         try:
             if self._mode == "index":
                 return self._collate(self._data[in_epoch(self._data, ids[0], epoch)])
             if self._mode == "indices":
-                return self._collate(self._data[asked])
-            many = getattr(self._data, "__getitems__", None)
-            return self._collate(many(asked) if many else [self._data[i] for i in asked])
+                return self._order.made(lambda ids: self._collate(self._data[in_epoch(self._data, ids, epoch)]), ids)
+            asked, many = in_epoch(self._data, ids, epoch), getattr(self._data, "__getitems__", None)
+            if many is not None and not _one_by_one(self._data):
+                return self._order.made(lambda ids: self._collate(many(ids)), ids)
+            samples = many(asked) if many else [self._data[i] for i in asked]
+            return self._order.made(self._collate, samples) if self._own else self._collate(samples)
         except IndexError as error:
             raise MismatchError(
                 message(
@@ -75,6 +79,13 @@ class BatchSource:
                     remedy="give the data set that the recorded loader read",
                 )
             ) from error
+
+
+def _one_by_one(data: Any) -> bool:
+    """Whether ``__getitems__`` is torch's or ours, and gives a list of samples."""
+    while type(data) is Subset:
+        data = data.dataset
+    return isinstance(data, Augmented) or not hasattr(data, "__getitems__")
 
 
 def _as_tensors(data: Any, device: torch.device) -> tuple[tuple[Tensor, ...] | None, Tensor | None]:

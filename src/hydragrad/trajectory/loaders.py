@@ -37,7 +37,7 @@ def as_ids(index: Any, length: int | None) -> Ids:
             if min(index) >= 0 and max(index) < length:
                 return plain
     try:
-        ids = np.array(index.detach().cpu() if isinstance(index, Tensor) else index).reshape(-1)
+        ids = np.array(index.detach().cpu().numpy() if isinstance(index, Tensor) else index).reshape(-1)
         if ids.size and ids.dtype.kind not in "iu":
             raise TypeError(f"ids of {ids.dtype}")
         ids = ids.astype(np.int64)

@@ -1,13 +1,13 @@
 """Re-running recorded steps exactly, with weights on the examples if asked."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from hydragrad.errors import MismatchError, NonFiniteError, message
+from hydragrad.errors import MismatchError, NonFiniteError, UnsupportedError, message
 from hydragrad.problem import Problem
 from hydragrad.trajectory.agreement import (
     contents,
@@ -137,6 +137,17 @@ class Replayer:
             epoch = step.epochs[k] if step.epochs else step.epoch
             made.append((ids, self._checked(ids, digests if compare else None, epoch, step.index)))
         return made
+
+    def look_at_order(self, steps: Sequence[StepRecord]) -> None:
+        """Refuse a collate function that reorders, of whose batches replay asks for none: they were kept."""
+        for step in steps:
+            for k, ids in enumerate(step.batches):
+                try:
+                    self.source.fetch(ids, epoch=step.epochs[k] if step.epochs else step.epoch, fresh=True)
+                except UnsupportedError:
+                    raise
+                except Exception:  # the data may be gone: that is what batches are kept for
+                    return
 
     def _checked(self, ids: Tensor, digests: Tensor | None, epoch: int, step: int) -> Any:
         """The batch of these ids, compared with the record where that is asked for."""
