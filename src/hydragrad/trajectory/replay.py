@@ -78,6 +78,7 @@ class Replayer:
         self.source = BatchSource(problem.data, problem.collate, self.device, manifest.collate["mode"])
         self._fingerprint = GradientFingerprint([param.numel() for param in self._params.values()])
         self._draws = DrawReader(self.device)
+        self._compared = set[int]()  # steps whose batches were
         self._step = 0
         self._groups: tuple[Hyper, ...] | None = None
         self._modes: Mapping[str, bool] | None = None
@@ -128,14 +129,18 @@ class Replayer:
         return [(one.ids, to_device(batch, self.device)) for one, batch in zip(step.passes, kept, strict=True)]
 
     def batches(self, step: StepRecord, *, compare: bool = True) -> list[tuple[Tensor, Any]]:
-        """(ids, batch) of each micro-batch of a step, on the device; with ``compare`` its content is compared."""
+        """(ids, batch) of each micro-batch of a step, on the device; compared with the record if asked for.
+
+        And once in any case: examples that changed places in a batch may leave the state as it was, bit for bit.
+        """
         if self._trajectory.keeps_batches:
             kept = self._trajectory.batches(step.index)
             return [(ids, to_device(batch, self.device)) for ids, batch in zip(step.batches, kept, strict=False)]
-        made = []
+        made, compare = [], compare or step.index not in self._compared
         for k, (ids, digests) in enumerate(zip(step.batches, step.digests, strict=True)):
             epoch = step.epochs[k] if step.epochs else step.epoch
             made.append((ids, self._checked(ids, digests if compare else None, epoch, step.index)))
+        self._compared.add(step.index)
         return made
 
     def look_at_order(self, steps: Sequence[StepRecord]) -> None:
