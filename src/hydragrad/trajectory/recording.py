@@ -218,7 +218,7 @@ class Recording:
         For anything else than a DataLoader give ``indices``: the ids of each batch, in the same order. The result has
         a length if ``loader`` has, and may be iterated once per epoch.
         """
-        return RecordedBatches(self, *self._sources.watch(loader, indices))
+        return RecordedBatches(self, self._sources.watch(loader, indices))
 
     def clip_grad_norm_(
         self,
@@ -249,7 +249,7 @@ class Recording:
         self._clips.value_(parameters, clip_value, foreach)
         self._backwards.rewritten()
 
-    def _iterate(self, place: int, watched: Watched) -> Iterator[Any]:
+    def _iterate(self, watched: Watched) -> Iterator[Any]:
         if self._writer is None:
             raise HydragradError(
                 message(
@@ -259,6 +259,7 @@ class Recording:
         self._end_batch()  # of another loader
         if self._begun is not None:
             self._settle(self._begun)
+        place = self._sources.place(watched)
         self._keep_place(None)
         assert self._segments is not None
         self._segments.wait()  # a loader may fork its worker processes now: beside no thread of ours
@@ -386,11 +387,11 @@ class Recording:
 class RecordedBatches:
     """An iterable of the loader's own batches, each noted as it passes."""
 
-    def __init__(self, recording: Recording, place: int, watched: Watched) -> None:
-        self._recording, self._place, self._watched = recording, place, watched
+    def __init__(self, recording: Recording, watched: Watched) -> None:
+        self._recording, self._watched = recording, watched
 
     def __len__(self) -> int:
         return len(self._watched)
 
     def __iter__(self) -> Iterator[Any]:
-        return self._recording._iterate(self._place, self._watched)
+        return self._recording._iterate(self._watched)
