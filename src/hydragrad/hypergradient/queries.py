@@ -119,6 +119,7 @@ class Queries:
             replace(problem, loss=measurement or problem.loss), _evaluation(problem.model), names, carried
         )
         self._source = BatchSource(data, problem.collate, device, mode)
+        self._steady = False
         self._together = 1 if mode == "index" else _TOGETHER
 
     def values(self, state: State) -> Tensor:
@@ -171,12 +172,30 @@ class Queries:
         rest = {name: x for name, x in {**state.params, **state.buffers}.items() if name not in known}
         for part in ids.split(self._together):
             with _measuring(part):
-                batch = self._source.fetch(part)
+                batch = self._fetched(part)
 
             def measure(at: Vectors, batch: Any = batch, part: Tensor = part) -> Tensor:
                 return _checked(self._objective.losses(at[:count], rest, batch, at[count:]), len(part))
 
             yield part, measure, at
+
+    def _fetched(self, ids: Tensor) -> Any:
+        """A batch of queries; the first one is asked for twice, and must come out the same."""
+        batch = self._source.fetch(ids)
+        if not self._steady:
+            first, again = (batch_digests(one, len(ids)) for one in (batch, self._source.fetch(ids, fresh=True)))
+            if not torch.equal(first, again):
+                raise MismatchError(
+                    message(
+                        "the queries have other content each time they are asked for",
+                        expected="the same batch of the same queries",
+                        cause="random numbers in collate_fn (mixup), or random augmentation of the queries",
+                        remedy="give queries without augmentation, and to hydragrad.load a collate_fn that draws no "
+                        "random numbers (of a run recorded with keep_batches=True it collates the queries alone)",
+                    )
+                )
+            self._steady = True
+        return batch
 
 
 def pulled_back(function: Callable[[Vectors], Tensor], params: Vectors, cotangents: Tensor) -> Vectors:

@@ -1,5 +1,6 @@
 """From ids to batches, as the recorded loader made them, on the model's device."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -10,6 +11,7 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 
 from hydragrad.errors import MismatchError, message
 from hydragrad.trajectory.augmentation import Augmented, in_epoch
+from hydragrad.trajectory.digests import batch_digests
 from hydragrad.trajectory.ordering import OrderWatch
 
 _CACHE_BYTES = 256 * 2**20
@@ -58,6 +60,14 @@ class BatchSource:
             batch = self._collated(ids.tolist(), epoch)
             self._rows.put(ids, batch)
         return to_device(batch, self.device)
+
+    def draws(self, ids: Tensor, epoch: int) -> bool:
+        """Whether it is the collate function that makes other content each time, of the same samples."""
+        if self._mode != "samples" or not self._own:
+            return False
+        samples = [self._data[i] for i in in_epoch(self._data, ids.tolist(), epoch)]
+        one, other = (self._collate([copy.copy(sample) for sample in samples]) for _ in range(2))
+        return not torch.equal(batch_digests(one, len(ids)), batch_digests(other, len(ids)))
 
     def _collated(self, ids: Sequence[int], epoch: int) -> Any:
         try:

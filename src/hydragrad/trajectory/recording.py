@@ -12,8 +12,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from hydragrad.amounts import Amount, bytes_of
-from hydragrad.errors import HydragradError, MismatchError, StoreError, message
-from hydragrad.trajectory.claims import BackwardWatch, Gathered, PendingBatch
+from hydragrad.errors import HydragradError, StoreError, message
+from hydragrad.trajectory.claims import BackwardWatch, Gathered, PendingBatch, refuse_without_batch
 from hydragrad.trajectory.clips import ClipNotes
 from hydragrad.trajectory.describing import describe_run
 from hydragrad.trajectory.digests import batch_digests, describe_batch
@@ -322,19 +322,7 @@ class Recording:
         self._end_batch()
         batches = self._now.claim()
         if not batches:
-            raise MismatchError(
-                message(
-                    "an optimizer step without a recorded batch",
-                    expected="each step's batches to come from recording.batches",
-                    cause="a second optimizer.step() on a batch whose step has been taken already"
-                    if self._sources.passing_now
-                    else "a loop that iterates the loader itself",
-                    remedy="take one step for each batch; to take several, yield it several times: "
-                    "recording.batches(batches, indices=ids)"
-                    if self._sources.passing_now
-                    else "write `for batch in recording.batches(loader):` in the training loop",
-                )
-            )
+            refuse_without_batch(self._sources.passing_now, self._stepped)
         if not self._stepped:
             if self._begun is not None:
                 self._settle(self._begun)

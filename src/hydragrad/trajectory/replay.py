@@ -300,6 +300,7 @@ class Replayer:
                 batch,
                 self._trajectory.manifest.batch,
                 step,
+                lambda: self.source.draws(ids, epoch),
             )
         )
 
