@@ -1,7 +1,7 @@
 """The queries: what is measured of a trained model, and its sensitivity to the parameters."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -35,7 +35,7 @@ class Columns:
     count: int
 
     @staticmethod
-    def make(aggregate: "str | Tensor | None", queries: int) -> "Columns":
+    def make(aggregate: "str | Tensor | Sequence[Any] | None", queries: int) -> "Columns":
         """From ``aggregate``: None (a column a query), "mean", "sum", or a group number per query (sums)."""
         if queries == 0:
             raise MismatchError(message("no queries", expected="at least one query", got="an empty data set"))
@@ -67,33 +67,68 @@ class Columns:
 
 def group_numbers(groups: Any, length: int, argument: str, what: str) -> tuple[Tensor, Tensor, int]:
     """A group number per element, refused unless integers >= 0, one for each; with factors of one and the count."""
-    numbers = torch.as_tensor(groups)
-    if numbers.shape != (length,) or numbers.is_floating_point() or numbers.is_complex() or int(numbers.min()) < 0:
+    numbers = _as_numbers(groups)
+    if (
+        numbers is None
+        or numbers.shape != (length,)
+        or numbers.is_floating_point()
+        or numbers.is_complex()
+        or int(numbers.min()) < 0
+    ):
         raise MismatchError(
             message(
                 f"{argument} does not number every {what}",
                 expected=f"{length} integers, 0 or larger (or, for queries, 'mean' or 'sum')",
-                got=f"{argument} of shape {list(numbers.shape)} and dtype {numbers.dtype}",
-                remedy=f"give the group of every {what}, in the order of the data set",
+                got=f"{argument} = {repr(groups)[:80]}"
+                if numbers is None
+                else f"{argument} of shape {list(numbers.shape)} and dtype {numbers.dtype}",
+                remedy=f"give the group of every {what}, in the order of the data set"
+                + ("; number names: [sorted(set(names)).index(name) for name in names]" if numbers is None else ""),
             )
         )
     numbers = numbers.to("cpu", torch.int64)
     return numbers, torch.ones(length), int(numbers.max()) + 1
 
 
+def _as_numbers(given: Any) -> Tensor | None:
+    """A tensor; None for what holds anything else than numbers (names), or rows of different lengths."""
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
 def example_ids(given: Any, count: int, argument: str) -> Tensor:
-    """Positions of training examples, int64 [n], refused unless integers from 0 to ``count`` - 1."""
-    ids = torch.as_tensor(given)
-    if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= count:
-        raise MismatchError(
-            message(
-                f"{argument} does not name training examples",
-                expected=f"integers from 0 to {count - 1}",
-                got=ids.tolist() if ids.numel() <= 8 else f"{ids.flatten()[:8].tolist()} and more",
-                remedy="name examples by their positions in the training data",
-            )
+    """Positions of training examples, int64 [n], refused unless integers from 0 to ``count`` - 1.
+
+    Or a mask, bool [``count``], that is true somewhere.
+    """
+    ids = _as_numbers(given)
+    mask = None if ids is None or ids.dtype != torch.bool else ids
+    if mask is not None and mask.shape == (count,):
+        ids = mask.nonzero().flatten()
+    if ids is not None and _are_positions(ids, count):
+        return ids.to("cpu", torch.int64)
+    if mask is not None:
+        got = f"a mask of shape {list(mask.shape)}, {int(mask.sum())} of it true"
+    elif ids is not None and ids.numel() <= 8:
+        got = ids.tolist()
+    else:
+        got = repr(given)[:80] if ids is None else f"{ids.flatten()[:8].tolist()} and more"
+    raise MismatchError(
+        message(
+            f"{argument} does not name training examples",
+            expected=f"integers from 0 to {count - 1}, or a mask of shape [{count}] that is true somewhere",
+            got=got,
+            remedy="name examples by their positions in the training data",
         )
-    return ids.to("cpu", torch.int64)
+    )
+
+
+def _are_positions(ids: Tensor, count: int) -> bool:
+    if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        return False
+    return 0 <= int(ids.min()) <= int(ids.max()) < count
 
 
 @final

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from hydragrad.amounts import Amount, bytes_of
 from hydragrad.errors import HydragradError, StoreError, message
+from hydragrad.files import path_of
 from hydragrad.trajectory.claims import BackwardWatch, Gathered, PendingBatch, refuse_without_batch
 from hydragrad.trajectory.clips import ClipNotes
 from hydragrad.trajectory.describing import describe_run
@@ -68,7 +69,7 @@ def record(
     """
     limit = None if checkpoint_bytes is None else bytes_of(checkpoint_bytes, "checkpoint_bytes")
     settings = Settings(
-        path=Path(path),
+        path=path_of(path),
         reduction=reduction,
         checkpoint_every=checkpoint_every,
         thinning=Thinning(checkpoint_every, limit),
