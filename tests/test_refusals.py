@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import hydragrad as hg
 from hydragrad.errors import message
+from hydragrad.hypergradient.queries import Columns, example_ids, group_numbers
 from hydragrad.step import Update, known, register, safe_sqrt, supported
 from tests.hypergradient.recorded import EPOCHS, Passes, recipe_of, recorded, values
 from tests.oracles import finite_differences, unroll
@@ -321,6 +322,67 @@ def test_vectors_of_no_examples(run, examples):
     got = torch.as_tensor(examples).tolist()
     with refused(hg.MismatchError, "examples", "Expected: integers from 0 to 11", f"Got: {got}"):
         hg.hypergradients(run, examples)
+
+
+@pytest.mark.parametrize("mask", [[True] * 3, torch.zeros(N_TRAIN, dtype=torch.bool)], ids=["short", "of nothing"])
+def test_masks_that_choose_no_examples(run, mask):
+    words = (
+        "does not name training examples",
+        "or a mask of shape [12] that is true somewhere",
+        "Got: a mask of",
+    )
+    with refused(hg.MismatchError, "train", *words):
+        hg.attribute(run, QUERIES, train=mask)
+
+
+def test_a_mask_chooses_the_same_examples_as_their_positions(run):
+    mask = [i in (2, 3, 7) for i in range(N_TRAIN)]
+    by_mask, by_position = (hg.attribute(run, QUERIES, train=rows, check=False) for rows in (mask, [2, 3, 7]))
+    assert by_mask.train_ids.tolist() == [2, 3, 7]
+    assert torch.equal(by_mask.values, by_position.values)
+    assert hg.hypergradients(run, mask).examples.tolist() == [2, 3, 7]
+
+
+@pytest.mark.parametrize("rows", [["a", "b"], [[1], [2, 3]]], ids=["names", "ragged"])
+def test_rows_that_are_no_numbers(rows):
+    with refused(hg.MismatchError, "train does not name training examples", f"Got: {rows}"):
+        example_ids(rows, N_TRAIN, "train")
+
+
+def test_groups_by_name_are_to_be_numbered(run):
+    """As the remedy says."""
+    names = [("odd", "even")[i % 2] for i in range(N_TRAIN)]
+    with refused(hg.MismatchError, "groups does not number", "Got: groups = ['odd'", "[sorted(set(names)).index(name)"):
+        group_numbers(names, N_TRAIN, "groups", "training example")
+    with refused(hg.MismatchError, "aggregate does not number every query", "Got: aggregate = ['odd'"):
+        Columns.make(names[:N_QUERY], N_QUERY)
+    numbered = [sorted(set(names)).index(name) for name in names]
+    assert numbered[:2] == [1, 0]
+    assert hg.attribute(run, QUERIES, groups=numbered, check=False).values.shape == (2, N_QUERY)
+
+
+def test_replays_that_are_no_number(run):
+    for ask in (hg.attribute, hg.plan):
+        with refused(hg.UnsupportedError, "replays is too small", "at least 1", "nan"):
+            ask(run, QUERIES, replays=float("nan"))
+
+
+def test_an_empty_path_is_not_the_current_folder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = PROBLEM.build()
+    scores = hg.attribute(run, QUERIES, check=False)
+    asked = [
+        lambda: hg.record("", model, torch.optim.SGD(model.parameters(), 0.1)),
+        lambda: hg.load("", model=model, loss=PROBLEM.loss, data=PROBLEM.samples),
+        lambda: hg.attribute(run, QUERIES, resume=" "),
+        lambda: hg.validate(run, scores, QUERIES, resume=""),
+        lambda: hg.hypergradients(run, [1], path=""),
+        lambda: scores.save(""),
+    ]
+    for ask in asked:
+        with refused(hg.StoreError, " is empty", "a variable that was not set", 'the current folder is "."'):
+            ask()
+    assert not list(tmp_path.iterdir())
 
 
 BAD_GROUPS = {

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -71,7 +71,7 @@ def attribute(
     ``queries``: a data set or list of samples, collated as the training data was; ``method``: "exact" (the Hessian),
     "gauss-newton" (J^T H J), "hessian-free" (0, the paper's approximation); ``measurement(model, batch) -> [m]``: what
     is asked (default: the loss); ``aggregate``: "mean", "sum" or a group per query; ``groups``: a group per training
-    example, whose scores are summed ([G, M]); ``by_epoch``: keep epochs apart ([E, N, M]); ``train``: rows wanted;
+    example, whose scores are summed ([G, M]); ``by_epoch``: keep epochs apart ([E, N, M]); ``train``: rows, or a mask;
     ``tokens``: keep the tokens of a loss [b, L] apart ([N, L, M]; 0 where a batch had fewer; their sums are [N, M]);
     ``step``: ask the model of that step; ``memory``: budget above training's (bytes, or "2 GB"), ``disk``: for states
     in a temporary folder, ``replays``: how many times the run may be replayed, ``block``, ``compile``: see ``plan``;
@@ -92,8 +92,8 @@ def attribute(
     runs = Runs.of(run.num_examples, smoothing, fraction, weights, seed)
     wanted = _Wanted.of(sweep, method, queries, measurement, aggregate, Rows.make(run, groups, train), runs)
     scores = wanted.scores(by_epoch, groups is not None)
-    question = wanted.question(measurement, by_epoch, block, compile) if resume else {}
-    with kept_random_state(), kept_pages(), Pieces(resume, question) if resume else nullcontext() as pieces:
+    question = wanted.question(measurement, by_epoch, block, compile) if resume is not None else {}
+    with kept_random_state(), kept_pages(), _kept(resume, question) as pieces:
         plan = plan_sweep(
             sweep,
             wanted.columns.count,
@@ -123,6 +123,10 @@ def attribute(
     return Attribution(scores.result(), wanted.rows.ids, ids, method, diagnostics, *known)
 
 
+def _kept(resume: str | Path | None, question: dict[str, Any]) -> AbstractContextManager[Pieces | None]:
+    return nullcontext() if resume is None else Pieces(resume, question)
+
+
 @final
 @dataclass(frozen=True)
 class _Wanted:
@@ -148,8 +152,7 @@ class _Wanted:
             sweep.run.trajectory.manifest.collate["mode"],
             sweep.objective.carried,
         )
-        named = isinstance(aggregate, str) or aggregate is None
-        columns = Columns.make(aggregate if named else torch.as_tensor(aggregate), asked.count)
+        columns = Columns.make(aggregate, asked.count)
         return _Wanted(sweep, method, asked, columns, rows, runs)
 
     def measured(self) -> Tensor:

@@ -14,6 +14,7 @@ from hydragrad.errors import MismatchError, StoreError, message
 from hydragrad.files import (
     broken_file,
     load_tensors,
+    path_of,
     read_bytes,
     reading,
     save_tensors,
@@ -134,7 +135,7 @@ class Attribution:
 
     def save(self, path: str | Path) -> Path:
         """Write to one safetensors file, atomically; returns its path. A StoreError leaves an old file whole."""
-        path = Path(path)
+        path = path_of(path)
         tensors = {"values": self.values, "train_ids": self.train_ids, "query_ids": self.query_ids}
         about = {"format": _FORMAT, "method": self.method, "run": self.run, "diagnostics": self.diagnostics.to_dict()}
         about |= {"tokens": True} if self.tokens else {}
@@ -148,7 +149,7 @@ class Attribution:
     @staticmethod
     def load(path: str | Path) -> "Attribution":
         """Read what ``save`` wrote; raises StoreError for anything else, and for the slightest change."""
-        path = Path(path)
+        path = path_of(path)
         tensors, tables = load_tensors(path, read_bytes(path))
         about = tables.get("attribution")
         version = about.get("format") if isinstance(about, dict) else None

@@ -18,6 +18,21 @@ from torch import Tensor
 from hydragrad.errors import StoreError, UnsupportedError, message
 
 
+def path_of(path: str | Path, argument: str = "path") -> Path:
+    """``path``, refused if it is empty: that would be the current folder, which nobody means."""
+    if not str(path).strip():
+        raise StoreError(
+            message(
+                f"{argument} is empty",
+                expected="the name of a folder or file",
+                got=repr(path),
+                cause="a variable that was not set",
+                remedy='name it (the current folder is ".")',
+            )
+        )
+    return Path(path)
+
+
 def to_json(value: Any) -> Any:
     """Plain JSON for numbers (also NaN and infinities), strings, None, tuples, lists and string-keyed dicts."""
     if isinstance(value, float) and not math.isfinite(value):

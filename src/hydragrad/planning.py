@@ -137,7 +137,7 @@ def plan_sweep(
     ``forward``: for the forward sweep.
     """
     for name, value in (("queries", queries), ("block", block), ("replays", replays)):
-        if value is not None and value < 1:
+        if value is not None and not value >= 1:  # not so for NaN
             raise UnsupportedError(message(f"{name} is too small", expected="at least 1", got=value))
     check_method(method)
     budget = _free(sweep.replayer.device) // 2 if memory is None else bytes_of(memory, "memory")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hydragrad.attribution import Attribution
 from hydragrad.errors import MismatchError, message
-from hydragrad.files import write_atomically
+from hydragrad.files import path_of, write_atomically
 from hydragrad.fitting import check_question, columns_of, groups_of
 from hydragrad.report.charts import histogram
 from hydragrad.report.content import Page
@@ -92,7 +92,7 @@ def write_report(
         checks=checks_of(scores.diagnostics),
         charts=charts_of(scores.diagnostics),
     )
-    write_atomically(Path(path), render(page).encode())
+    write_atomically(path_of(path), render(page).encode())
     return Path(path)
 
 

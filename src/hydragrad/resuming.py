@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hydragrad.errors import MismatchError, StoreError, message
-from hydragrad.files import broken_file, load_tensors, reading, save_tensors, sha256, write_atomically
+from hydragrad.files import broken_file, load_tensors, path_of, reading, save_tensors, sha256, write_atomically
 from hydragrad.hypergradient.choosing import Fixed
 from hydragrad.journal import FileRef, Journal, read_journal, sealed
 from hydragrad.locks import Lock
@@ -44,7 +44,7 @@ class Pieces:
     """
 
     def __init__(self, folder: str | Path, question: Question) -> None:
-        self.folder, self._question = Path(folder), question
+        self.folder, self._question = path_of(folder, "resume"), question
         self.plan: Fixed | None = None
         """What was chosen when this attribution began; None: it has not."""
         self._done: dict[tuple[int, int], tuple[FileRef, dict[str, Any]]] = {}

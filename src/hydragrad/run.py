@@ -12,6 +12,7 @@ from hydragrad.problem import Coefficients, Loss, Penalty, Problem, Reduction
 from hydragrad.trajectory.binding import check_data, check_model, choose_collate, choose_reduction
 from hydragrad.trajectory.finite import check_finite
 from hydragrad.trajectory.hidden import Glance, refuse_hidden_state
+from hydragrad.trajectory.ordering import LOOKED_AT
 from hydragrad.trajectory.randomness import undisturbed
 from hydragrad.trajectory.replay import Replayer, check_weights
 from hydragrad.trajectory.reweighted import first_touched
@@ -48,6 +49,8 @@ def load(
     if trajectory.steps:
         with kept_random_state():
             replayer = run.replayer(check=True)
+            if trajectory.keeps_batches:
+                replayer.look_at_order(trajectory.steps[:LOOKED_AT])
             before = Glance(replayer.module)
             replayer.advance(trajectory.steps[0])
             if before != Glance(replayer.module):

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from hydragrad.errors import MismatchError, StoreError, message
-from hydragrad.files import broken_file, load_tensors, read_bytes, reading, save_tensors, seal, write_atomically
+from hydragrad.files import (
+    broken_file,
+    load_tensors,
+    path_of,
+    read_bytes,
+    reading,
+    save_tensors,
+    seal,
+    write_atomically,
+)
 from hydragrad.report.intervals import LEAST, Interval, column_pearson, column_spearman, mean_interval
 from hydragrad.retraining.designs import Item
 from hydragrad.shapes import Float, Int
@@ -184,7 +193,7 @@ class Validation:
 
     def save(self, path: str | Path) -> Path:
         """Write to one safetensors file, atomically; returns its path. A StoreError leaves an old file whole."""
-        path = Path(path)
+        path = path_of(path)
         counts = torch.tensor([len(item.ids) for item in self.items])
         ids = torch.tensor([i for item in self.items for i in item.ids], dtype=torch.int64)
         about = {
@@ -201,7 +210,7 @@ class Validation:
     @staticmethod
     def load(path: str | Path) -> "Validation":
         """Read what ``save`` wrote; raises StoreError for anything else, and for the slightest change."""
-        path = Path(path)
+        path = path_of(path)
         tensors, tables = load_tensors(path, read_bytes(path))
         about = tables.get("validation")
         if not isinstance(about, dict) or about.get("format") != _FORMAT:

@@ -15,7 +15,7 @@ from hydragrad.asked import Asked
 from hydragrad.attribution import Attribution
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, NonFiniteError, StoreError, UnsupportedError, message
-from hydragrad.files import dumps, loads, reserve, write_atomically, writing
+from hydragrad.files import dumps, loads, path_of, reserve, write_atomically, writing
 from hydragrad.hypergradient.engines import check_method
 from hydragrad.hypergradient.finite import FirstBad
 from hydragrad.hypergradient.forward import Tangents, forward_sweep
@@ -100,7 +100,7 @@ class Hypergradients:
     @staticmethod
     def load(path: str | Path, run: Run) -> "Hypergradients":
         """Open what ``hypergradients(..., path=path)`` kept; the vectors stay on disk. Raises StoreError."""
-        folder = Path(path)
+        folder = path_of(path)
         try:
             about = loads((folder / _ABOUT).read_bytes())
             shapes = {_VECTORS: tuple(about["shape"]), _BUFFERS: (about["shape"][0], about["buffers"])}
@@ -237,7 +237,7 @@ def _not_finite(sweep: Sweep, step: int, names: list[str]) -> NonFiniteError:
 
 def _allocate(path: str | Path | None, name: str, shape: tuple[int, int], dtype: torch.dtype, plan: Plan) -> Tensor:
     if path is not None and math.prod(shape):
-        folder = Path(path)
+        folder = path_of(path)
         with writing(folder):
             (folder / _ABOUT).unlink(missing_ok=True)  # until this sweep has ended, there is no answer here
         reserve(folder / name, math.prod(shape) * dtype.itemsize)

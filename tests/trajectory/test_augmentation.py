@@ -1,5 +1,6 @@
 """Random augmentation that can be repeated, and batches that are kept because their data cannot."""
 
+import contextlib
 import pickle
 import random
 import warnings
@@ -10,8 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, RandomSampler, Subset, TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from hydragrad.attributing import attribute
 from hydragrad.errors import MismatchError, StoreError, UnsupportedError
@@ -22,7 +32,7 @@ from hydragrad.trajectory.randomness import RandomState
 from hydragrad.trajectory.recording import record
 from hydragrad.trajectory.store import Trajectory
 from hydragrad.verification import verify
-from tests.tolerances import assert_close
+from tests.tolerances import FINITE_DIFFERENCE, assert_close
 from tests.trajectory.loops import N, assert_same_params, bind, losses, make_data, make_model, params_of, sgd, train
 
 warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -149,6 +159,98 @@ def test_random_data_without_the_wrapper_is_told_about_it(tmp_path: Path) -> Non
 def kept(path: Path) -> Run:
     recorded(path, Noisy(), keep_batches=True)
     return bind(path, data=Noisy())
+
+
+def mixup(points: Tensor) -> Tensor:
+    share, other = torch.rand(()), torch.randperm(len(points))
+    return share * points + (1 - share) * points[other]
+
+
+def mixing(samples: Any) -> Any:
+    """A collate function that mixes its examples at random."""
+    points, labels = default_collate(samples)
+    return mixup(points), labels
+
+
+def mixed_losses(model: nn.Module, batch: Any) -> Tensor:
+    """The same in the loss, in training alone."""
+    return losses(model, (mixup(batch[0]) if model.training else batch[0], batch[1]))
+
+
+EITHER: dict[str, Any] = {
+    "collate": {"collate": mixing, "loss": losses},
+    "kept": {"collate": mixing, "loss": losses, "record": {"keep_batches": True}},
+    "loss": {"collate": default_collate, "loss": mixed_losses},
+}
+
+
+def trained_mixing(kind: str, weights: Tensor, data: Any, batches: Any = iter, optimizer: Any = None) -> nn.Module:
+    torch.manual_seed(3)
+    model, given = make_model(torch.float64), EITHER[kind]
+    loader = DataLoader(data, 5, collate_fn=given["collate"])
+    place, optimizer = 0, sgd(model) if optimizer is None else optimizer(model)
+    for _ in range(2):
+        for batch in batches(loader):
+            ids = torch.arange(place, place + len(batch[0]))
+            place = 0 if int(ids[-1]) == N - 1 else place + len(ids)
+            optimizer.zero_grad()
+            (weights[ids] * given["loss"](model, batch)).mean().backward()
+            optimizer.step()
+    return model
+
+
+def record_mixing(path: Path, kind: str, data: Any) -> None:
+    with contextlib.ExitStack() as stack:
+        recording: list[Any] = []
+
+        def optimizer(model: nn.Module) -> Any:
+            made = sgd(model)
+            recording.append(stack.enter_context(record(path, model, made, **EITHER[kind].get("record", {}))))
+            return made
+
+        ones = torch.ones(N, dtype=torch.float64)
+        trained_mixing(kind, ones, data, lambda loader: recording[0].batches(loader), optimizer)
+
+
+def test_mixup_in_the_collate_function_is_told_what_works(tmp_path: Path) -> None:
+    for name, data in (("plain", make_data()), ("augmented", Augmented(make_data()))):
+        record_mixing(tmp_path / name, "collate", wide(data))
+        with pytest.raises(MismatchError, match=r"collate_fn gives other content.*if model.training.*keep_batches"):
+            bind(tmp_path / name, model=make_model(torch.float64), data=wide(data), collate_fn=mixing)
+
+
+def wide(data: Any) -> Any:
+    """The same in float64."""
+    if isinstance(data, Augmented):
+        return Augmented(wide(data.dataset))
+    return TensorDataset(data.tensors[0].double(), data.tensors[1])
+
+
+@pytest.mark.parametrize("kind", ["kept", "loss"])
+def test_mixup_in_the_loss_or_kept_has_exact_scores(kind: str, tmp_path: Path) -> None:
+    data, h = wide(make_data()), 1e-5
+    record_mixing(tmp_path / "run", kind, data)
+    model, loss = make_model(torch.float64), EITHER[kind]["loss"]
+    run = bind(tmp_path / "run", model=model, loss=loss, data=data, collate_fn=default_collate)
+    assert verify(run).exact
+    queries = [data[i] for i in range(3)]
+    scores = attribute(run, queries, check=False, progress=False).values
+
+    def measured(weights: Tensor) -> Tensor:
+        return losses(trained_mixing(kind, weights, data), default_collate(queries)).detach()
+
+    for example in (0, 7, 21):
+        step = torch.zeros(N, dtype=torch.float64)
+        step[example] = h
+        assert_close(scores[example], -(measured(1 + step) - measured(1 - step)) / (2 * h), FINITE_DIFFERENCE)
+
+
+def test_queries_that_are_mixed_at_random_are_refused(tmp_path: Path) -> None:
+    data = wide(make_data())
+    record_mixing(tmp_path / "run", "kept", data)
+    run = bind(tmp_path / "run", model=make_model(torch.float64), data=data, collate_fn=mixing)
+    with pytest.raises(MismatchError, match="the queries have other content each time"):
+        attribute(run, [data[i] for i in range(3)], check=False, progress=False)
 
 
 def test_kept_batches_replay_bit_for_bit(tmp_path: Path) -> None:

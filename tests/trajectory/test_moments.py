@@ -1,15 +1,17 @@
 """The recorded steps revisited: the same moments in either direction, whatever is kept in memory or on disk."""
 
+import itertools
 import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from hydragrad.errors import MismatchError
 from hydragrad.run import Run
@@ -18,7 +20,7 @@ from hydragrad.trajectory.moments import Backwards, Moment, forwards
 from hydragrad.trajectory.recording import record
 from hydragrad.trajectory.state import UNREAD, State
 from hydragrad.trajectory.store import Trajectory
-from tests.trajectory.loops import assert_same_params, bind, losses, make_data, make_model, record_run, sgd
+from tests.trajectory.loops import assert_same_params, bind, losses, make_data, make_model, record_run, sgd, train
 
 STEPS = 25  # five passes over 22 examples in batches of 5, the last of each smaller
 SPACINGS = [1, 4, 7, 100]
@@ -206,6 +208,29 @@ def test_a_sweep_that_meets_another_gradient_names_the_step(runs: dict[int, Run]
     swept = Backwards(changed.replayer(), changed.trajectory, STEPS, most, linear=linear)
     with pytest.raises(MismatchError, match=f"step {wrong} is 1.5 times larger"):
         list(swept)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_examples_that_changed_places_within_a_batch_are_refused(epochs: int, tmp_path: Path) -> None:
+    """Some such swaps leave every gradient and state as it was, bit for bit: only the batches tell."""
+    data, model = make_data(20), make_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with record(tmp_path / "run", model, optimizer) as recording:
+        train(model, optimizer, DataLoader(data, 4), recording.batches, epochs=epochs)
+    taken, told = list[tuple[int, int]](), set[str]()
+    for first, second in itertools.combinations(range(4, 20), 2):
+        if first // 4 != second // 4:
+            continue
+        order = list(range(20))
+        order[first], order[second] = second, first
+        try:
+            run = bind(tmp_path / "run", data=Subset(data, order))
+            list(backwards(run, run.num_steps, 1000))
+            taken.append((first, second))
+        except MismatchError as error:
+            told.add(str(error)[:29])
+    assert not taken
+    assert told == {"the order of the data differs"}
 
 
 def test_a_stretch_that_drifts_is_forgotten_before_it_is_replayed_again(

@@ -1,9 +1,10 @@
 """Recording changes no number of a training loop, and notes what happened."""
 
 import copy
+import itertools
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,28 @@ def test_a_second_step_on_one_batch_is_refused_with_what_to_do(tmp_path: Path) -
             optimizer.step()
             with pytest.raises(MismatchError, match=words):
                 optimizer.step()
+
+
+def ahead(batches: Iterable[Any]) -> Iterator[Any]:
+    """The next batch is fetched while one is trained on."""
+    given = iter(batches)
+    held = next(given, None)
+    while held is not None:
+        batch, held = held, next(given, None)
+        yield batch
+
+
+def repeated(batches: Iterable[Any]) -> Iterator[Any]:
+    return itertools.islice(itertools.cycle(batches), 12)
+
+
+@pytest.mark.parametrize("taken", [list, repeated, ahead])
+def test_batches_taken_ahead_of_their_steps_are_refused_and_named(taken: Callable[..., Any], tmp_path: Path) -> None:
+    model, loader = make_model(), DataLoader(make_data(), 5)
+    optimizer = sgd(model)
+    words = r"without a recorded batch.*fetched ahead of their steps: list\(recording.*, itertools.cycle"
+    with record(tmp_path / "run", model, optimizer) as recording, pytest.raises(MismatchError, match=words):
+        train(model, optimizer, loader, lambda loader: taken(recording.batches(loader)))
 
 
 def test_a_batch_that_is_yielded_for_each_of_its_steps(tmp_path: Path) -> None:

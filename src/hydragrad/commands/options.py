@@ -20,8 +20,24 @@ TaskName = Annotated[str, typer.Argument(help=TASK, show_default=False)]
 TaskOption = Annotated[str, typer.Option("--task", "-t", help=TASK, show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="The folder of the recorded run.", show_default=False)]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Retrainings side by side; -1: all cores.")]
+
+
+def named_path(given: str) -> Path:
+    """``Path("")`` would be the current folder."""
+    if not given.strip():
+        raise typer.BadParameter('the path is empty; the current folder is "."')
+    return Path(given)
+
+
 Resume = Annotated[
-    Path | None, typer.Option("--resume", help="Folder that keeps every finished retraining.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--resume",
+        parser=named_path,
+        metavar="PATH",
+        help="Folder that keeps every finished retraining.",
+        show_default=False,
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 

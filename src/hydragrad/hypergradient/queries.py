@@ -1,6 +1,6 @@
 """The queries: what is measured of a trained model, and its sensitivity to the parameters."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -37,7 +37,7 @@ class Columns:
     count: int
 
     @staticmethod
-    def make(aggregate: "str | Tensor | None", queries: int) -> "Columns":
+    def make(aggregate: "str | Tensor | Sequence[Any] | None", queries: int) -> "Columns":
         """From ``aggregate``: None (a column a query), "mean", "sum", or a group number per query (sums)."""
         if queries == 0:
             raise MismatchError(message("no queries", expected="at least one query", got="an empty data set"))
@@ -69,33 +69,68 @@ class Columns:
 
 def group_numbers(groups: Any, length: int, argument: str, what: str) -> tuple[Tensor, Tensor, int]:
     """A group number per element, refused unless integers >= 0, one for each; with factors of one and the count."""
-    numbers = torch.as_tensor(groups)
-    if numbers.shape != (length,) or numbers.is_floating_point() or numbers.is_complex() or int(numbers.min()) < 0:
+    numbers = _as_numbers(groups)
+    if (
+        numbers is None
+        or numbers.shape != (length,)
+        or numbers.is_floating_point()
+        or numbers.is_complex()
+        or int(numbers.min()) < 0
+    ):
         raise MismatchError(
             message(
                 f"{argument} does not number every {what}",
                 expected=f"{length} integers, 0 or larger (or, for queries, 'mean' or 'sum')",
-                got=f"{argument} of shape {list(numbers.shape)} and dtype {numbers.dtype}",
-                remedy=f"give the group of every {what}, in the order of the data set",
+                got=f"{argument} = {repr(groups)[:80]}"
+                if numbers is None
+                else f"{argument} of shape {list(numbers.shape)} and dtype {numbers.dtype}",
+                remedy=f"give the group of every {what}, in the order of the data set"
+                + ("; number names: [sorted(set(names)).index(name) for name in names]" if numbers is None else ""),
             )
         )
     numbers = numbers.to("cpu", torch.int64)
     return numbers, torch.ones(length), int(numbers.max()) + 1
 
 
+def _as_numbers(given: Any) -> Tensor | None:
+    """A tensor; None for what holds anything else than numbers (names), or rows of different lengths."""
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
 def example_ids(given: Any, count: int, argument: str) -> Tensor:
-    """Positions of training examples, int64 [n], refused unless integers from 0 to ``count`` - 1."""
-    ids = torch.as_tensor(given)
-    if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= count:
-        raise MismatchError(
-            message(
-                f"{argument} does not name training examples",
-                expected=f"integers from 0 to {count - 1}",
-                got=ids.tolist() if ids.numel() <= 8 else f"{ids.flatten()[:8].tolist()} and more",
-                remedy="name examples by their positions in the training data",
-            )
+    """Positions of training examples, int64 [n], refused unless integers from 0 to ``count`` - 1.
+
+    Or a mask, bool [``count``], that is true somewhere.
+    """
+    ids = _as_numbers(given)
+    mask = None if ids is None or ids.dtype != torch.bool else ids
+    if mask is not None and mask.shape == (count,):
+        ids = mask.nonzero().flatten()
+    if ids is not None and _are_positions(ids, count):
+        return ids.to("cpu", torch.int64)
+    if mask is not None:
+        got = f"a mask of shape {list(mask.shape)}, {int(mask.sum())} of it true"
+    elif ids is not None and ids.numel() <= 8:
+        got = ids.tolist()
+    else:
+        got = repr(given)[:80] if ids is None else f"{ids.flatten()[:8].tolist()} and more"
+    raise MismatchError(
+        message(
+            f"{argument} does not name training examples",
+            expected=f"integers from 0 to {count - 1}, or a mask of shape [{count}] that is true somewhere",
+            got=got,
+            remedy="name examples by their positions in the training data",
         )
-    return ids.to("cpu", torch.int64)
+    )
+
+
+def _are_positions(ids: Tensor, count: int) -> bool:
+    if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        return False
+    return 0 <= int(ids.min()) <= int(ids.max()) < count
 
 
 @final
@@ -121,6 +156,7 @@ class Queries:
             replace(problem, loss=measurement or problem.loss), _evaluation(problem.model), names, carried
         )
         self._source = BatchSource(data, problem.collate, device, mode)
+        self._steady = False
         self._together = 1 if mode == "index" else _TOGETHER
         self._alone = False
 
@@ -186,12 +222,30 @@ class Queries:
         rest = {name: x for name, x in {**state.params, **state.buffers}.items() if name not in known}
         for part in ids.split(self._together):
             with _measuring(part):
-                batch = self._source.fetch(part)
+                batch = self._fetched(part)
 
             def measure(at: Vectors, batch: Any = batch, part: Tensor = part) -> Tensor:
                 return _checked(self._objective.losses(at[:count], rest, batch, at[count:]), len(part))
 
             yield part, measure, at
+
+    def _fetched(self, ids: Tensor) -> Any:
+        """A batch of queries; the first one is asked for twice, and must come out the same."""
+        batch = self._source.fetch(ids)
+        if not self._steady:
+            first, again = (batch_digests(one, len(ids)) for one in (batch, self._source.fetch(ids, fresh=True)))
+            if not torch.equal(first, again):
+                raise MismatchError(
+                    message(
+                        "the queries have other content each time they are asked for",
+                        expected="the same batch of the same queries",
+                        cause="random numbers in collate_fn (mixup), or random augmentation of the queries",
+                        remedy="give queries without augmentation, and to hydragrad.load a collate_fn that draws no "
+                        "random numbers (of a run recorded with keep_batches=True it collates the queries alone)",
+                    )
+                )
+            self._steady = True
+        return batch
 
 
 def pulled_back(function: Callable[[Vectors], Tensor], params: Vectors, cotangents: Tensor) -> Vectors:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, final
 
 from hydragrad.errors import MismatchError, StoreError, message
-from hydragrad.files import dumps, load_tensors, loads, save_tensors, sha256, write_atomically
+from hydragrad.files import dumps, load_tensors, loads, path_of, save_tensors, sha256, write_atomically
 from hydragrad.retraining.counterfactual import Change
 from hydragrad.retraining.measuring import Outcome, Retrainer
 
@@ -21,7 +21,7 @@ class Ledger:
     """
 
     def __init__(self, folder: str | Path, retrainer: Retrainer, threads: int) -> None:
-        self.folder, self._problem = Path(folder), retrainer.run.problem
+        self.folder, self._problem = path_of(folder, "resume"), retrainer.run.problem
         asked = {"format": _FORMAT, **retrainer.description}
         path = self.folder / _QUESTION
         if path.is_file():

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from hydragrad.errors import HydragradError, MismatchError, message
+from hydragrad.files import path_of
 from hydragrad.problem import Problem, Reduction
 from hydragrad.run import Run, kept_random_state
 from hydragrad.tasks.task import Task
@@ -45,7 +46,7 @@ def train(
         torch.manual_seed(task.seed)
         model = task.model()
         optimizer = task.optimize(model)
-        _loop(task, Path(path), model, optimizer, overwrite, resume, checkpoint_every, progress)
+        _loop(task, path_of(path), model, optimizer, overwrite, resume, checkpoint_every, progress)
     return task.load(path)
 
 

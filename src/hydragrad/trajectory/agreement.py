@@ -178,8 +178,12 @@ def explain_data(
     batch: Any,
     leaves: list[dict[str, Any]],
     step: int,
+    collate_draws: Callable[[], bool],
 ) -> str:
-    """A refusal's message for examples that are not the recorded ones. ``fetch``: ids -> fresh batch."""
+    """A refusal's message for examples that are not the recorded ones.
+
+    ``fetch``: ids -> fresh batch; ``collate_draws``: whether collate_fn makes other content each time.
+    """
     given = batch_digests(batch, len(ids)).cpu()
     wrong = (given != recorded.cpu()).nonzero().flatten()
     names = f"{len(wrong)} of the {len(ids)} examples at step {step} differ from the recorded ones"
@@ -195,7 +199,15 @@ def explain_data(
             cause="another dtype, transform or collate function",
             remedy="give the data set and collate_fn of the recorded loop",
         )
-    if not torch.equal(batch_digests(fetch(ids), len(ids)).cpu(), given):
+    again = not torch.equal(batch_digests(fetch(ids), len(ids)).cpu(), given)
+    if again and collate_draws():
+        return message(
+            f"collate_fn gives other content each time it is asked: {names}",
+            cause="random numbers in collate_fn (mixup, random masks)",
+            remedy="draw them in the loss, for training alone (`if model.training:` mix the batch by torch's numbers), "
+            "or record with keep_batches=True and give hydragrad.load a collate_fn that draws none",
+        )
+    if again:
         return message(
             f"the data set gives other content each time it is asked: {names}",
             cause="random augmentation in the data set",

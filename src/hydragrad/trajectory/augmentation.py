@@ -45,9 +45,9 @@ class Augmented(Dataset):
 
         sample = dataset[i], drawn with torch, numpy and Python seeded from (seed, e, i)
 
-    Different epochs differ. While recording, the epoch is the pass over the loader; elsewhere (queries,
-    ``train_set[3]``) it is 0. The caller's random states stay as they were, in worker processes too. It must be the
-    outermost data set; generators of the data set's own are not seeded.
+    Different epochs differ. While recording, the epoch is the pass over the loader (or over others that take turns with
+    it); elsewhere (queries, ``train_set[3]``) it is 0. The caller's random states stay as they were, in workers too. It
+    must be the outermost data set; generators of the data set's own are not seeded.
     Example: ``train_set = hydragrad.Augmented(train_set)``, for the loader and for ``hydragrad.load``.
     """
 

@@ -1,5 +1,6 @@
 """From ids to batches, as the recorded loader made them, on the model's device."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -10,6 +11,8 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 
 from hydragrad.errors import MismatchError, message
 from hydragrad.trajectory.augmentation import Augmented, in_epoch
+from hydragrad.trajectory.digests import batch_digests
+from hydragrad.trajectory.ordering import OrderWatch
 
 _CACHE_BYTES = 256 * 2**20
 
@@ -40,6 +43,7 @@ class BatchSource:
         self._tensors, self._positions = _as_tensors(data, self.device) if direct else (None, None)
         kept = direct and self._tensors is None and not isinstance(data, Augmented)  # which differs by epoch
         self._rows = _RowCache(len(data)) if kept else None
+        self._own, self._order = collate is not default_collate, OrderWatch()
 
     def fetch(self, ids: Tensor, *, epoch: int = 0, fresh: bool = False) -> Any:
         """The batch of ``ids`` (int64 [b]) on the device; ``fresh`` asks the data again, past every cache.
@@ -57,15 +61,25 @@ class BatchSource:
             self._rows.put(ids, batch)
         return to_device(batch, self.device)
 
+    def draws(self, ids: Tensor, epoch: int) -> bool:
+        """Whether it is the collate function that makes other content each time, of the same samples."""
+        if self._mode != "samples" or not self._own:
+            return False
+        samples = [self._data[i] for i in in_epoch(self._data, ids.tolist(), epoch)]
+        one, other = (self._collate([copy.copy(sample) for sample in samples]) for _ in range(2))
+        return not torch.equal(batch_digests(one, len(ids)), batch_digests(other, len(ids)))
+
     def _collated(self, ids: Sequence[int], epoch: int) -> Any:
-        asked = in_epoch(self._data, list(ids), epoch)
         try:
             if self._mode == "index":
                 return self._collate(self._data[in_epoch(self._data, ids[0], epoch)])
             if self._mode == "indices":
-                return self._collate(self._data[asked])
-            many = getattr(self._data, "__getitems__", None)
-            return self._collate(many(asked) if many else [self._data[i] for i in asked])
+                return self._order.made(lambda ids: self._collate(self._data[in_epoch(self._data, ids, epoch)]), ids)
+            asked, many = in_epoch(self._data, ids, epoch), getattr(self._data, "__getitems__", None)
+            if many is not None and not _one_by_one(self._data):
+                return self._order.made(lambda ids: self._collate(many(ids)), ids)
+            samples = many(asked) if many else [self._data[i] for i in asked]
+            return self._order.made(self._collate, samples) if self._own else self._collate(samples)
         except IndexError as error:
             raise MismatchError(
                 message(
@@ -75,6 +89,13 @@ class BatchSource:
                     remedy="give the data set that the recorded loader read",
                 )
             ) from error
+
+
+def _one_by_one(data: Any) -> bool:
+    """Whether ``__getitems__`` is torch's or ours, and gives a list of samples."""
+    while type(data) is Subset:
+        data = data.dataset
+    return isinstance(data, Augmented) or not hasattr(data, "__getitems__")
 
 
 def _as_tensors(data: Any, device: torch.device) -> tuple[tuple[Tensor, ...] | None, Tensor | None]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 from torch import Tensor
 
+from hydragrad.errors import MismatchError, message
 from hydragrad.trajectory.loaders import Ids
 from hydragrad.trajectory.watching import Ran
 
@@ -59,6 +60,36 @@ class Gathered:
                 batch.place = len(claimed)
                 self.skipped.append(batch)
         return claimed
+
+
+def refuse_without_batch(passing: bool, stepped: bool) -> NoReturn:
+    """Refuse a step that no batch came before, ``passing`` over a loader; ``stepped``: other steps had theirs."""
+    if passing:
+        cause = "a second optimizer.step() on a batch whose step has been taken already, or batches fetched ahead"
+        remedy = (
+            "take one step for each batch, before the next is fetched; to take several, yield it several times: "
+            "recording.batches(batches, indices=ids)"
+        )
+    elif stepped:
+        cause = (
+            "batches fetched ahead of their steps: list(recording.batches(loader)), itertools.cycle of it, a loop that "
+            "holds the next batch already; or a loop that iterates the loader itself"
+        )
+        remedy = (
+            "fetch each batch after the step of the one before it: `for batch in recording.batches(loader):` with the "
+            "step inside, anew for each epoch; workers of the loader (num_workers) may prefetch"
+        )
+    else:
+        cause = "a loop that iterates the loader itself"
+        remedy = "write `for batch in recording.batches(loader):` in the training loop"
+    raise MismatchError(
+        message(
+            "an optimizer step without a recorded batch",
+            expected="each step's batches to come from recording.batches, fetched since the step before",
+            cause=cause,
+            remedy=remedy,
+        )
+    )
 
 
 @final

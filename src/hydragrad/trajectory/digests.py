@@ -117,17 +117,22 @@ def _parts(value: Any) -> Sequence[Any]:
     return list(vars(value).values()) if hasattr(value, "__dict__") else []
 
 
-def _row_parts(value: Any, examples: int) -> Iterator[Tensor]:
-    """Digests [examples] (or [1], for what all examples share) of every part of a batch, in a fixed order."""
+def row_wise(value: Any, examples: int) -> Iterator[tuple[Any, bool]]:
+    """The parts of a batch in a fixed order, and whether each has a row or an entry for every example."""
     if isinstance(value, Tensor):
-        yield _row_digests(value) if value.dim() and value.shape[0] == examples else _whole_digest(value)
+        yield value, value.dim() > 0 and value.shape[0] == examples
     elif isinstance(value, _PLAIN):
-        yield _whole_digest(value)
+        yield value, False
     elif isinstance(value, (list, tuple)) and len(value) == examples and not _are_columns(value, examples):
-        yield torch.cat([_whole_digest(part) for part in value])
+        yield value, True
     else:
         for part in _parts(value):
-            yield from _row_parts(part, examples)
+            yield from row_wise(part, examples)
+
+
+def digests_by_example(part: Any) -> Tensor:
+    """Digests [examples] of a part that has a row or an entry for every example."""
+    return _row_digests(part) if isinstance(part, Tensor) else torch.cat([_whole_digest(entry) for entry in part])
 
 
 def _are_columns(parts: Sequence[Any], examples: int) -> bool:
@@ -148,7 +153,8 @@ def batch_digests(batch: Any, examples: int) -> Tensor:
     ):
         return pair
     total: Tensor | None = None
-    for digest in _row_parts(batch, examples):
+    for part, rows in row_wise(batch, examples):
+        digest = digests_by_example(part) if rows else _whole_digest(part)
         total = digest if total is None else torch.add(digest, total.to(digest.device), alpha=_MIX)
     if total is None:
         total = torch.zeros(1, dtype=torch.int64)

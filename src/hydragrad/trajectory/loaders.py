@@ -3,7 +3,7 @@
 import array
 import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, final
 
 import numpy as np
@@ -37,7 +37,7 @@ def as_ids(index: Any, length: int | None) -> Ids:
             if min(index) >= 0 and max(index) < length:
                 return plain
     try:
-        ids = np.array(index.detach().cpu() if isinstance(index, Tensor) else index).reshape(-1)
+        ids = np.array(index.detach().cpu().numpy() if isinstance(index, Tensor) else index).reshape(-1)
         if ids.size and ids.dtype.kind not in "iu":
             raise TypeError(f"ids of {ids.dtype}")
         ids = ids.astype(np.int64)
@@ -105,6 +105,12 @@ class WatchedLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
+    @property
+    def kind(self) -> Any:
+        """Tells loaders apart that take turns, where each is made anew for every epoch."""
+        sampler = self.loader.sampler
+        return type(sampler), len(sampler) if isinstance(sampler, Sized) else None, self.loader.batch_size
+
     def begin(self, epoch: int) -> None:
         """The next pass is this epoch."""
         self._sampler.epoch = epoch
@@ -165,6 +171,7 @@ class WatchedBatches:
     def __init__(self, batches: Iterable[Any], indices: Iterable[Any]) -> None:
         self.mode, self.length = "samples", None
         self.collate = {"default": True, "function": "given by hand"}
+        self.kind = None
         self._batches, self._indices = batches, indices
 
     def __len__(self) -> int:

@@ -12,8 +12,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from hydragrad.amounts import Amount, bytes_of
-from hydragrad.errors import HydragradError, MismatchError, StoreError, message
-from hydragrad.trajectory.claims import BackwardWatch, Gathered, PendingBatch
+from hydragrad.errors import HydragradError, StoreError, message
+from hydragrad.files import path_of
+from hydragrad.trajectory.claims import BackwardWatch, Gathered, PendingBatch, refuse_without_batch
 from hydragrad.trajectory.clips import ClipNotes
 from hydragrad.trajectory.describing import describe_run
 from hydragrad.trajectory.digests import batch_digests, describe_batch
@@ -68,7 +69,7 @@ def record(
     """
     limit = None if checkpoint_bytes is None else bytes_of(checkpoint_bytes, "checkpoint_bytes")
     settings = Settings(
-        path=Path(path),
+        path=path_of(path),
         reduction=reduction,
         checkpoint_every=checkpoint_every,
         thinning=Thinning(checkpoint_every, limit),
@@ -219,7 +220,7 @@ class Recording:
         For anything else than a DataLoader give ``indices``: the ids of each batch, in the same order. The result has
         a length if ``loader`` has, and may be iterated once per epoch.
         """
-        return RecordedBatches(self, *self._sources.watch(loader, indices))
+        return RecordedBatches(self, self._sources.watch(loader, indices))
 
     def clip_grad_norm_(
         self,
@@ -250,7 +251,7 @@ class Recording:
         self._clips.value_(parameters, clip_value, foreach)
         self._backwards.rewritten()
 
-    def _iterate(self, place: int, watched: Watched) -> Iterator[Any]:
+    def _iterate(self, watched: Watched) -> Iterator[Any]:
         if self._writer is None:
             raise HydragradError(
                 message(
@@ -260,6 +261,7 @@ class Recording:
         self._end_batch()  # of another loader
         if self._begun is not None:
             self._settle(self._begun)
+        place = self._sources.place(watched)
         self._keep_place(None)
         assert self._segments is not None
         self._segments.wait()  # a loader may fork its worker processes now: beside no thread of ours
@@ -328,19 +330,7 @@ class Recording:
         self._end_batch()
         batches = self._now.claim()
         if not batches:
-            raise MismatchError(
-                message(
-                    "an optimizer step without a recorded batch",
-                    expected="each step's batches to come from recording.batches",
-                    cause="a second optimizer.step() on a batch whose step has been taken already"
-                    if self._sources.passing_now
-                    else "a loop that iterates the loader itself",
-                    remedy="take one step for each batch; to take several, yield it several times: "
-                    "recording.batches(batches, indices=ids)"
-                    if self._sources.passing_now
-                    else "write `for batch in recording.batches(loader):` in the training loop",
-                )
-            )
+            refuse_without_batch(self._sources.passing_now, self._stepped)
         if not self._stepped:
             if self._begun is not None:
                 self._settle(self._begun)
@@ -395,11 +385,11 @@ class Recording:
 class RecordedBatches:
     """An iterable of the loader's own batches, each noted as it passes."""
 
-    def __init__(self, recording: Recording, place: int, watched: Watched) -> None:
-        self._recording, self._place, self._watched = recording, place, watched
+    def __init__(self, recording: Recording, watched: Watched) -> None:
+        self._recording, self._watched = recording, watched
 
     def __len__(self) -> int:
         return len(self._watched)
 
     def __iter__(self) -> Iterator[Any]:
-        return self._recording._iterate(self._place, self._watched)
+        return self._recording._iterate(self._watched)

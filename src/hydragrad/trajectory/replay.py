@@ -1,13 +1,13 @@
 """Re-running recorded steps exactly, with weights on the examples if asked."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from hydragrad.copying import copy_of
-from hydragrad.errors import MismatchError, NonFiniteError, message
+from hydragrad.errors import MismatchError, NonFiniteError, UnsupportedError, message
 from hydragrad.problem import Problem
 from hydragrad.trajectory.agreement import (
     contents,
@@ -82,6 +82,7 @@ class Replayer:
         self._fingerprint = GradientFingerprint([param.numel() for param in self._params.values()])
         self._draws = DrawReader(self.device)
         self._held = {name: None for names in manifest.optimizer["groups"] for name in names}  # by the optimizer
+        self._compared = set[int]()  # steps whose batches were
         self._step = 0
         self._groups: tuple[Hyper, ...] | None = None
         self._modes: Mapping[str, bool] | None = None
@@ -135,15 +136,30 @@ class Replayer:
         return [(one.ids, to_device(batch, self.device)) for one, batch in zip(step.passes, kept, strict=True)]
 
     def batches(self, step: StepRecord, *, compare: bool = True) -> list[tuple[Tensor, Any]]:
-        """(ids, batch) of each micro-batch of a step, on the device; with ``compare`` its content is compared."""
+        """(ids, batch) of each micro-batch of a step, on the device; compared with the record if asked for.
+
+        And once in any case: examples that changed places in a batch may leave the state as it was, bit for bit.
+        """
         if self._trajectory.keeps_batches:
             kept = self._trajectory.batches(step.index)
             return [(ids, to_device(batch, self.device)) for ids, batch in zip(step.batches, kept, strict=False)]
-        made = []
+        made, compare = [], compare or step.index not in self._compared
         for k, (ids, digests) in enumerate(zip(step.batches, step.digests, strict=True)):
             epoch = step.epochs[k] if step.epochs else step.epoch
             made.append((ids, self._checked(ids, digests if compare else None, epoch, step.index)))
+        self._compared.add(step.index)
         return made
+
+    def look_at_order(self, steps: Sequence[StepRecord]) -> None:
+        """Refuse a collate function that reorders, of whose batches replay asks for none: they were kept."""
+        for step in steps:
+            for k, ids in enumerate(step.batches):
+                try:
+                    self.source.fetch(ids, epoch=step.epochs[k] if step.epochs else step.epoch, fresh=True)
+                except UnsupportedError:
+                    raise
+                except Exception:  # the data may be gone: that is what batches are kept for
+                    return
 
     def _checked(self, ids: Tensor, digests: Tensor | None, epoch: int, step: int) -> Any:
         """The batch of these ids, compared with the record where that is asked for."""
@@ -319,6 +335,7 @@ class Replayer:
                 batch,
                 self._trajectory.manifest.batch,
                 step,
+                lambda: self.source.draws(ids, epoch),
             )
         )
 

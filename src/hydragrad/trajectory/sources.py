@@ -31,22 +31,24 @@ class _Progress:
 
 @final
 class Sources:
-    """Numbers loaders in the order of their appearance. ``resumable``: random states are kept when a pass begins."""
+    """Numbers loaders in the order in which they begin. ``resumable``: random states are kept when a pass begins.
+
+    A loader not seen before takes the number of another that has no pass open, and goes on with its passes: it was made
+    anew for the next epoch. Only loaders whose passes overlap (zip) have numbers of their own.
+    """
 
     def __init__(self, device: torch.device, *, resumable: bool = False) -> None:
         self._device, self._resumable = device, resumable
-        self._known: list[tuple[Any, Watched]] = []
+        self.first: Watched | None = None
+        """The first loader that was given."""
+        self._data: Any = None
+        self._loaders: list[Watched] = []  # by number, the last that had it
         self._progress: list[_Progress] = []
         self._open: list[int] = []  # places with an open pass, the outermost first
         self._waiting: tuple[LoaderPoint, ...] = ()  # see go_on
         self._last: Mapping[int, Tensor] = {}
         self._restored = False
         self._later: RandomState | None = None  # of the generators once what was trained on has been passed by
-
-    @property
-    def first(self) -> Watched | None:
-        """The first loader."""
-        return self._known[0][1] if self._known else None
 
     @property
     def passing_now(self) -> bool:
@@ -79,7 +81,7 @@ class Sources:
         """Where every loader stands."""
         return tuple(
             LoaderPoint(one.passes, one.taken, one.begun, one.own if one.taken is not None else _own(watched))
-            for one, (_, watched) in zip(self._progress, self._known, strict=True)
+            for one, watched in zip(self._progress, self._loaders, strict=True)
         )
 
     def go_on(self, point: Point, last: Mapping[int, Tensor], *, restored: bool) -> None:
@@ -99,10 +101,10 @@ class Sources:
         progress.passes = point.passes
         if point.taken is None:
             if self._restored:
-                _set_own(self._known[place][1], point.own)
+                _set_own(self._loaders[place], point.own)
         elif self._restored:
             progress.ahead, progress.begun, progress.own = point.taken, point.begun, point.own
-        elif point.taken < _length(self._known[place][1]):
+        elif point.taken < _length(self._loaders[place]):
             progress.passes -= 1  # the loop passes by itself what it had trained on: the same pass
 
     def _begin(self, place: int, watched: Watched, progress: _Progress) -> Iterator[tuple[Ids, Any]]:
@@ -140,15 +142,14 @@ class Sources:
         progress.taken = ahead
         return batches
 
-    def watch(self, loader: Iterable[Any], indices: Iterable[Any] | None) -> tuple[int, Watched]:
-        """The number and the watched form of a loader; refused if its batches have no ids."""
-        for place, (known, watched) in enumerate(self._known):
-            if known is loader and indices is None:
-                return place, watched
+    def watch(self, loader: Iterable[Any], indices: Iterable[Any] | None) -> Watched:
+        """The watched form of a loader; refused if its batches have no ids."""
         if indices is not None:
             watched = WatchedBatches(loader, indices)
         elif isinstance(loader, DataLoader):
-            watched = WatchedLoader(loader)
+            known = [one for one in self._loaders if isinstance(one, WatchedLoader) and one.loader is loader]
+            watched = known[0] if known else WatchedLoader(loader)
+            self._refuse_other_data(watched)
         else:
             raise UnsupportedError(
                 message(
@@ -158,28 +159,35 @@ class Sources:
                     remedy="recording.batches(iterable, indices=[[ids of batch 0], [ids of batch 1], ...])",
                 )
             )
-        return self._place(loader, watched), watched
+        self.first = watched if self.first is None else self.first
+        return watched
 
-    def _place(self, loader: Any, watched: Watched) -> int:
-        """The number of a loader; batches with ids given by hand all count as one, whose passes are epochs."""
-        by_hand = isinstance(watched, WatchedBatches)
-        for place, (_, known) in enumerate(self._known):
-            if by_hand and isinstance(known, WatchedBatches):
-                return place
-            if not by_hand and isinstance(known, WatchedLoader) and known.data is not watched.data:
-                raise UnsupportedError(
-                    message(
-                        "loaders of different data sets in one recording",
-                        expected="one data set, so that an id means one example",
-                        got=f"{type(known.data).__name__} of {known.length}, {type(watched.data).__name__} "
-                        f"of {watched.length}",
-                        remedy="let both loaders sample from one data set (ConcatDataset and samplers)",
-                    )
+    def _refuse_other_data(self, watched: WatchedLoader) -> None:
+        self._data = watched.data if self._data is None else self._data
+        if self._data is not watched.data:
+            raise UnsupportedError(
+                message(
+                    "loaders of different data sets in one recording",
+                    expected="one data set, so that an id means one example",
+                    got=f"{type(self._data).__name__} of {len(self._data)}, {type(watched.data).__name__} "
+                    f"of {watched.length}",
+                    remedy="let both loaders sample from one data set (ConcatDataset and samplers)",
                 )
-        self._known.append((loader, watched))
+            )
+
+    def place(self, watched: Watched) -> int:
+        """The number of a loader of which a pass begins; batches with ids given by hand all have one, for epochs."""
+        by_hand = isinstance(watched, WatchedBatches)
+        alike = [k for k, known in enumerate(self._loaders) if isinstance(known, WatchedBatches) == by_hand]
+        own = [k for k in alike if by_hand or self._loaders[k] is watched]
+        free = sorted((k for k in alike if k not in self._open), key=lambda k: self._loaders[k].kind != watched.kind)
+        if found := [*own, *free]:
+            self._loaders[found[0]] = watched
+            return found[0]
+        self._loaders.append(watched)
         self._progress.append(_Progress())
-        self._take_up(len(self._known) - 1, self._progress[-1])
-        return len(self._known) - 1
+        self._take_up(len(self._loaders) - 1, self._progress[-1])
+        return len(self._loaders) - 1
 
 
 def _length(watched: Watched) -> int:

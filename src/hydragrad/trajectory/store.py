@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 from hydragrad.errors import MismatchError, StoreError, message
-from hydragrad.files import broken_file, loads, read_bytes, reading, sha256
+from hydragrad.files import broken_file, loads, path_of, read_bytes, reading, sha256
 from hydragrad.journal import Entry, FileRef, read_journal
 from hydragrad.trajectory.format import JOURNAL, KINDS, MANIFEST, VERSION, decode_state, decode_steps
 from hydragrad.trajectory.keeping import decode_batches
@@ -39,7 +39,7 @@ class Trajectory:
     """The recorded run is the one in which every example weighs 1; see trajectory.reweighted for others."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = path_of(folder)
         self.manifest, described = _read_manifest(self.folder)
         journal = self.folder / JOURNAL
         entries, written = read_journal(journal, sha256(described), MANIFEST)
