@@ -54,8 +54,9 @@ print(json.dumps({
 }))
 """
 
-# What `import hydragrad` may ask for though the wheel does not require it: signatures name shapes where it is there.
-OPTIONAL = {"jaxtyping"}
+# What `import hydragrad` may ask for though the wheel does not require it: signatures name shapes where jaxtyping is
+# there, and torch itself looks for opt_einsum.
+OPTIONAL = {"jaxtyping", "opt_einsum"}
 SHIPPED_SUFFIXES = {".py", ".typed", ".npz", ".json", ".css", ".html", ".svg", ".txt"}
 SDIST_FOLDERS = {"src", "tests", "benchmarks", "comparison", "docs", "examples", "experiments"}
 

@@ -19,8 +19,8 @@ A learning rate given as a tensor is rounded to its dtype by what torch computes
 """
 
 
-def group_names(params: dict[str, Tensor], optimizer: Optimizer) -> list[list[str]]:
-    """Names of the parameters of each group, in the optimizer's order."""
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse what is none of torch's optimizers, or several of them."""
     if not isinstance(optimizer, Optimizer):
         raise UnsupportedError(
             message(
@@ -34,6 +34,11 @@ def group_names(params: dict[str, Tensor], optimizer: Optimizer) -> list[list[st
                 "torch.optim.AdamW([{'params': a, 'lr': 0.1}, {'params': b, 'lr': 0.01}])",
             )
         )
+
+
+def group_names(params: dict[str, Tensor], optimizer: Optimizer) -> list[list[str]]:
+    """Names of the parameters of each group, in the optimizer's order."""
+    check_optimizer(optimizer)
     for name, param in params.items():
         if is_lazy(param):
             raise UnsupportedError(

@@ -11,12 +11,13 @@ from torch.optim import Optimizer
 
 from hydragrad.errors import UnsupportedError, message
 from hydragrad.step.known import class_of, class_of_torch, description, not_known, supported
-from hydragrad.trajectory.hyper import as_held
+from hydragrad.trajectory.hyper import as_held, check_optimizer
 from hydragrad.trajectory.state import Hyper
 
 
 def check_known(optimizer: Optimizer) -> None:
     """Refuse an optimizer whose run nobody could load; warn of one whose run can be replayed, and nothing more."""
+    check_optimizer(optimizer)
     cls = type(optimizer)
     if class_of(description(cls)) is not cls:
         base = next((parent.__name__ for parent in cls.__mro__ if parent.__name__ in supported()), None)
