@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default
 
 from hydragrad.errors import MismatchError, UnsupportedError
 from hydragrad.problem import Reduction
-from hydragrad.trajectory.agreement import explain_gradient
 from hydragrad.trajectory.binding import check_model
+from hydragrad.trajectory.explaining import explain_gradient
 from hydragrad.trajectory.recording import record
 from hydragrad.trajectory.store import Trajectory
 from tests.trajectory.loops import (

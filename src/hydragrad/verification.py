@@ -5,7 +5,8 @@ from typing import final
 
 from hydragrad.errors import MismatchError, NonFiniteError
 from hydragrad.run import Run, kept_random_state
-from hydragrad.trajectory.agreement import explain_state, state_difference, tolerance
+from hydragrad.trajectory.agreement import state_difference, tolerance
+from hydragrad.trajectory.explaining import explain_state
 from hydragrad.trajectory.finite import check_finite
 from hydragrad.trajectory.repeating import Nondeterminism, repeated
 from hydragrad.trajectory.replay import Replayer

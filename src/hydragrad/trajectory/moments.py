@@ -9,7 +9,8 @@ from typing import Any, final
 from torch import Tensor
 
 from hydragrad.errors import MismatchError
-from hydragrad.trajectory.agreement import explain_state, state_difference, tolerance
+from hydragrad.trajectory.agreement import state_difference, tolerance
+from hydragrad.trajectory.explaining import explain_state
 from hydragrad.trajectory.randomness import RandomState
 from hydragrad.trajectory.replay import Replayer
 from hydragrad.trajectory.reweighted import Reweighted

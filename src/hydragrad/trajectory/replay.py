@@ -9,18 +9,11 @@ from torch import Tensor, nn
 from hydragrad.copying import copy_of
 from hydragrad.errors import MismatchError, NonFiniteError, UnsupportedError, message
 from hydragrad.problem import Problem
-from hydragrad.trajectory.agreement import (
-    contents,
-    explain_data,
-    explain_drift,
-    explain_gradient,
-    explain_left,
-    gradient_difference,
-    tolerance,
-)
+from hydragrad.trajectory.agreement import contents, gradient_difference, tolerance
 from hydragrad.trajectory.batches import BatchSource, to_device
 from hydragrad.trajectory.binding import lay_out
 from hydragrad.trajectory.digests import batch_digests
+from hydragrad.trajectory.explaining import explain_data, explain_drift, explain_gradient, explain_left
 from hydragrad.trajectory.fingerprints import GradientFingerprint
 from hydragrad.trajectory.hyper import as_held
 from hydragrad.trajectory.optimizers import build_optimizer, restore_optimizer, rewrites_gradients
