@@ -25,7 +25,7 @@ from comparison.tasks import TASKS, Spec
 from comparison.truth import FRACTIONS, open_run, truth_of
 from hydragrad import baselines
 from hydragrad.report.intervals import mean_interval
-from hydragrad.smoothing import removals
+from hydragrad.smoothing import ABSENT, removals
 
 SEEDS = {"digits-sgd": (0, 1, 2), "digits-adamw": (0, 1, 2), "breast-cancer": (0, 1), "fashion-lenet-500": (0,)}
 REMOVED, SUBSETS = 40, 48
@@ -34,9 +34,22 @@ EPOCHS = 4
 Tensors = dict[str, Tensor]
 
 
-def _random(runs: int, fraction: float, seed: int) -> Callable[[int, int], Tensor]:
-    """The recorded run and others that lack a random part each: what ``smoothing=`` takes the mean of."""
-    return lambda count, task_seed: removals(count, runs, fraction, seed + task_seed)
+def _independent(runs: int, fraction: float, seed: int) -> Callable[[int, int], Tensor]:
+    """The recorded run, and others that lack a random part each, drawn without regard to the parts before."""
+
+    def independent(count: int, task_seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed + task_seed)
+        weights = torch.ones(runs, count, dtype=torch.float64)
+        for row in weights[1:]:
+            row[torch.randperm(count, generator=generator)[: round(fraction * count)]] = 0.0
+        return weights
+
+    return independent
+
+
+def _even(count: int, seed: int) -> Tensor:
+    """Sixteen runs that lack an eighth each, each example missing in one of the first eight: as ``smoothing=`` does."""
+    return removals(count, 16, 0.125, seed)
 
 
 def _folds(count: int, seed: int) -> Tensor:
@@ -62,17 +75,20 @@ def _normal(count: int, seed: int) -> Tensor:
 
 
 KINDS: dict[str, tuple[str, Callable[[int, int], Tensor]]] = {
-    "smoothed, f = 0.1": ("exact", _random(16, 0.1, 1000)),
-    "smoothed, f = 0.3": ("exact", _random(8, 0.3, 2000)),
-    "gauss-newton smoothed, f = 0.1": ("gauss-newton", _random(16, 0.1, 1000)),
-    "smoothed, f = 0.05": ("exact", _random(8, 0.05, 3000)),
+    "even parts, f = 0.125": ("exact", _even),
     "eight folds": ("exact", _folds),
+    "independent parts, f = 0.1": ("exact", _independent(16, 0.1, 1000)),
+    "independent parts, f = 0.3": ("exact", _independent(8, 0.3, 2000)),
+    "gauss-newton, independent parts, f = 0.1": ("gauss-newton", _independent(16, 0.1, 1000)),
+    "independent parts, f = 0.05": ("exact", _independent(8, 0.05, 3000)),
     "four halves and their complements": ("exact", _halves),
     "normal weights, 0.3": ("exact", _normal),
 }
-FEW = ("smoothed, f = 0.1", "smoothed, f = 0.05", "gauss-newton smoothed, f = 0.1", "smoothed, f = 0.3")
+ANY_NUMBER = ("eight folds", *(kind for kind in KINDS if "parts" in kind))
+"""Of whose runs the first few serve too."""
+FEW = ("even parts, f = 0.125", "independent parts, f = 0.1", "gauss-newton, independent parts, f = 0.1")
 """What a task of minutes is swept for; all kinds where it takes seconds."""
-USUAL: dict[str, tuple[str, ...]] = {"digits-sgd": FEW, "digits-adamw": FEW, "fashion-lenet-500": FEW[:2]}
+USUAL: dict[str, tuple[str, ...]] = {"digits-sgd": FEW, "digits-adamw": FEW, "fashion-lenet-500": FEW[:1]}
 
 
 def _first(spec: Spec, examples: int) -> Spec:
@@ -141,13 +157,19 @@ def gather(spec: Spec, seed: int, answers: Answers, kinds: Sequence[str]) -> Ten
     return answers.held
 
 
-def mean(runs: Tensor, *, sized: bool = True) -> Tensor:
-    """What ``smoothing=`` makes of runs [R, N + 1, M], the last row their sizes; or their plain mean."""
+def mean(runs: Tensor, *, sized: bool = True, absent: float = 1.0, missing: Tensor | None = None) -> Tensor:
+    """What ``smoothing=`` makes of runs [R, N + 1, M], the last row their sizes; or their plain mean.
+
+    ``absent``: what the scores of examples count that are ``missing`` [R, N] in a run.
+    """
     weights = 1 / runs[:, -1:] if sized else torch.ones_like(runs[:, -1:])
-    return ((runs * weights).sum(0) / weights.sum(0))[:-1]
+    scores = runs[:, :-1]
+    if missing is not None:
+        scores = scores * torch.where(missing, absent, 1.0)[..., None]
+    return (scores * weights).sum(0) / weights.sum(0)
 
 
-def candidates(held: Tensors) -> Iterator[tuple[str, Tensor]]:
+def candidates(held: Tensors, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Every way to scores, by name."""
     for name in ("exact", "gauss-newton"):
         last = [held[f"{name}, epochs/{back}"] for back in range(EPOCHS)]
@@ -155,13 +177,17 @@ def candidates(held: Tensors) -> Iterator[tuple[str, Tensor]]:
         yield f"{name}, last {EPOCHS} epochs' ends", mean(torch.stack(last))
         yield f"{name}, last {EPOCHS} epochs' ends, plain mean", mean(torch.stack(last), sized=False)
     yield "influence-cg, gauss-newton", held["influence-cg, gauss-newton"].double()
+    examples = held["truth/weights"].shape[1]
     for kind, (_, draw) in KINDS.items():
-        most = len(draw(1000, 0))
-        found = [held[f"{kind}/{n}"] for n in range(most) if f"{kind}/{n}" in held]
+        weights = draw(examples, seed)
+        found = [held[f"{kind}/{n}"] for n in range(len(weights)) if f"{kind}/{n}" in held]
         for runs in (4, 8, 16):
-            if runs <= len(found) and (runs == most or draw.__qualname__.startswith("_random")):
-                yield f"{kind}, R = {runs}", mean(torch.stack(found[:runs]))
-                yield f"{kind}, R = {runs}, plain mean", mean(torch.stack(found[:runs]), sized=False)
+            if runs <= len(found) and (runs == len(weights) or kind in ANY_NUMBER):
+                some, missing = torch.stack(found[:runs]), weights[:runs] == 0
+                yield f"{kind}, R = {runs}, all count alike", mean(some)
+                yield f"{kind}, R = {runs}", mean(some, absent=ABSENT, missing=missing)
+                yield f"{kind}, R = {runs}, present ones alone", mean(some, absent=0.0, missing=missing)
+                yield f"{kind}, R = {runs}, all alike, plain mean", mean(some, sized=False)
     for sized, words in ((True, ""), (False, ", plain mean")):
         if (scores := controlled(held, sized=sized)) is not None:
             yield f"R = {CONTROLLED}, gauss-newton as control variate{words}", scores
@@ -180,7 +206,7 @@ def controlled(held: Tensors, *, sized: bool = True) -> Tensor | None:
     over the runs and pooled over the examples, times what m others know of the mean beside k few: m / (m + k). Means
     are those of ``mean``, and runs weigh as much in beta. None without their scores.
     """
-    exact, cheap = "smoothed, f = 0.1", "gauss-newton smoothed, f = 0.1"
+    exact, cheap = "independent parts, f = 0.1", "gauss-newton, independent parts, f = 0.1"
     names = [f"{exact}/{n}" for n in range(CONTROLLED)] + [f"{cheap}/{n}" for n in range(2 * CONTROLLED)]
     if any(name not in held for name in names):
         return None
@@ -232,7 +258,7 @@ def main() -> None:
         for seed in options.seeds or SEEDS.get(name, (0,)):
             kinds = options.only or USUAL.get(name, tuple(KINDS))
             held = gather(spec, seed, Answers(options.out / f"{name}-{seed}.safetensors"), kinds)
-            for way, scores in candidates(held) if held else ():
+            for way, scores in candidates(held, seed) if held else ():
                 rows.setdefault(way, []).append(measured(held, scores))
         if not rows:
             print(f"{name} is left out: its data is not here (set HYDRAGRAD_DATA to the data's folder)")

@@ -14,7 +14,7 @@ import hydragrad as hg
 from hydragrad import attributing
 from hydragrad.hypergradient.choosing import Fixed
 from hydragrad.scoring import Rows, Scores
-from hydragrad.smoothing import removals
+from hydragrad.smoothing import ABSENT, even_fraction, removals
 from hydragrad.trajectory import moments
 from hydragrad.trajectory.reweighted import Reweighted, first_touched
 from tests.hypergradient.recorded import STEPS, load, recipe_of, recorded, train, values
@@ -165,9 +165,15 @@ def test_nothing_removed_is_exact(run: hg.Run) -> None:
 PLAIN = [[[[0, 1, 2, 3]], [[4, 5, 6, 7]], [[8, 9, 10, 11]]], [[[7, 2, 11, 5]], [[3, 8, 6, 0]]]]  # no example twice
 
 
-def mean_of(single: Sequence[Tensor], sizes: Sequence[Tensor]) -> Tensor:
+def counted(scores: Tensor, weights: Tensor) -> Tensor:
+    """Scores [N, M] of one run: those of examples that it lacked count half."""
+    return torch.stack([row * ABSENT if w == 0 else row for row, w in zip(scores, weights, strict=True)])
+
+
+def mean_of(single: Sequence[Tensor], sizes: Sequence[Tensor], runs: Tensor) -> Tensor:
     weights = 1 / torch.stack(list(sizes))[:, None]
-    return (torch.stack(list(single)) * weights).sum(0) / weights.sum(0)
+    found = [counted(scores, w) for scores, w in zip(single, runs, strict=True)]
+    return (torch.stack(found) * weights).sum(0) / weights.sum(0)
 
 
 def test_several_runs_count_inversely_to_their_sizes(tmp_path: Path) -> None:
@@ -178,15 +184,16 @@ def test_several_runs_count_inversely_to_their_sizes(tmp_path: Path) -> None:
     found = values(run, PROBLEM.queries, smoothing=3, fraction=0.25, seed=5)
     sizes = [d.square().sum((0, 1)).sqrt() for d in dense]
     assert max(float((s / sizes[0] - 1).abs().max()) for s in sizes) > 0.05
-    assert_close(found, mean_of([d.sum(0) for d in dense], sizes), ORACLE)
+    assert_close(found, mean_of([d.sum(0) for d in dense], sizes, weights), ORACLE)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_runs_are_between_both(run: hg.Run, method: str) -> None:
-    """For every query the mean is one combination of the recorded run's scores and the other's."""
+    """For every query the mean is one combination of the two runs' scores."""
     weights = removals(N_TRAIN, 2, 0.25, seed=5)
-    assert (weights == 0).sum(1).tolist() == [0, 3]
-    at = [recursion(replace(recipe_of(PROBLEM), weights=w), method).scores(PROBLEM.queries) for w in weights]
+    assert (weights == 0).sum(1).tolist() == [3, 3]
+    dense = [recursion(replace(recipe_of(PROBLEM), weights=w), method).scores(PROBLEM.queries) for w in weights]
+    at = [counted(scores, w) for scores, w in zip(dense, weights, strict=True)]
     found = values(run, PROBLEM.queries, method, smoothing=2, fraction=0.25, seed=5)
     share = ((found - at[0]) * (at[1] - at[0])).sum(0) / (at[1] - at[0]).square().sum(0)
     assert ((share > 0.05) & (share < 0.95)).all()
@@ -196,9 +203,22 @@ def test_two_runs_are_between_both(run: hg.Run, method: str) -> None:
 def test_subsets_are_drawn_from_the_seed_and_begin_alike() -> None:
     assert torch.equal(removals(100, 8, 0.1, 3)[:4], removals(100, 4, 0.1, 3))
     assert not torch.equal(removals(100, 4, 0.1, 3), removals(100, 4, 0.1, 4))
-    assert (removals(100, 8, 0.1, 3) == 0).sum(1).tolist() == [0] + [10] * 7
+    assert (removals(100, 8, 0.1, 3) == 0).sum(1).tolist() == [10] * 8
     assert (removals(100, 2, 0.0, 3) == 1).all()
-    assert (removals(3, 2, 0.99, 3) == 1).sum(1).tolist() == [3, 1]  # somebody is left
+    assert (removals(3, 2, 0.99, 3) == 1).sum(1).tolist() == [1, 1]  # somebody is left
+
+
+@pytest.mark.parametrize(("count", "runs", "fraction"), [(100, 10, 0.1), (97, 16, 0.125), (50, 7, 0.4), (9, 5, 0.8)])
+def test_every_example_is_missing_equally_often(count: int, runs: int, fraction: float) -> None:
+    missing = removals(count, runs, fraction, 3) == 0
+    assert missing.sum(1).tolist() == [round(fraction * count)] * runs
+    often = missing.sum(0)
+    assert int(often.max() - often.min()) <= 1
+    assert not torch.equal(often.sort().values, often) or int(often.max()) == int(often.min())  # by chance, not by id
+
+
+def test_the_fraction_divides_the_runs_evenly() -> None:
+    assert [even_fraction(runs) for runs in (1, 2, 4, 8, 10, 16, 20)] == [0.1, 0.5, 0.25, 0.125, 0.1, 0.125, 0.1]
 
 
 def test_a_run_far_out_does_not_rule_the_mean() -> None:
@@ -230,17 +250,15 @@ def test_what_else_can_be_asked(run: hg.Run) -> None:
     assert_close(values(run, PROBLEM.queries, train=[7, 2], **asked), whole[[7, 2]], SAME)
     # a mean of queries is a query of its own: one of all its runs, each of its own size
     mean = values(run, PROBLEM.queries, aggregate="mean", **asked)
-    single = [values(run, PROBLEM.queries, aggregate="mean", weights=w)[:, 0] for w in removals(N_TRAIN, 3, 0.25, 1)]
+    runs = removals(N_TRAIN, 3, 0.25, 1)
+    single = [counted(values(run, PROBLEM.queries, aggregate="mean", weights=w), w)[:, 0] for w in runs]
     assert torch.linalg.matrix_rank(torch.stack([*single, mean[:, 0]]), rtol=1e-9) == 3
     for more in ({"block": 1}, {"memory": 1}):
         assert_close(values(run, PROBLEM.queries, **{**asked, **more}), whole, SAME)
     early = values(run, PROBLEM.queries, step=3, **asked)
-    dense = [
-        unroll(replace(recipe_of(PROBLEM), weights=w)).scores_by_step(PROBLEM.queries, t=3)[:3]
-        for w in removals(N_TRAIN, 3, 0.25, 1)
-    ]
+    dense = [unroll(replace(recipe_of(PROBLEM), weights=w)).scores_by_step(PROBLEM.queries, t=3)[:3] for w in runs]
     sizes = [d.square().sum((0, 1)).sqrt() for d in dense]  # the first three steps have no example twice
-    assert_close(early, mean_of([d.sum(0) for d in dense], sizes), ORACLE)
+    assert_close(early, mean_of([d.sum(0) for d in dense], sizes, runs), ORACLE)
 
 
 def test_scores_of_tokens(tmp_path: Path) -> None:
@@ -255,8 +273,10 @@ def test_scores_of_tokens(tmp_path: Path) -> None:
 def test_the_spread_is_the_standard_error(tmp_path: Path) -> None:
     recipe = recipe_of(PROBLEM, steps=[step for epoch in PLAIN for step in epoch])
     run = recorded(recipe, tmp_path / "run", PLAIN)
-    dense = [unroll(replace(recipe, weights=w)).scores_by_step(PROBLEM.queries) for w in removals(N_TRAIN, 4, 0.25, 2)]
-    scaled = torch.stack([d.sum(0) / d.square().sum((0, 1)).sqrt() for d in dense])
+    runs = removals(N_TRAIN, 4, 0.25, 2)
+    dense = [unroll(replace(recipe, weights=w)).scores_by_step(PROBLEM.queries) for w in runs]
+    single = zip(dense, runs, strict=True)
+    scaled = torch.stack([counted(d.sum(0), w) / d.square().sum((0, 1)).sqrt() for d, w in single])
     found = hg.attribute(run, PROBLEM.queries, smoothing=4, fraction=0.25, seed=2, check=False).diagnostics.smoothing
     assert found is not None
     expected = (scaled.var(0).sum() / 4).sqrt() / scaled.mean(0).norm()

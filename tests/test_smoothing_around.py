@@ -84,7 +84,7 @@ def test_the_bar_counts_every_step_of_every_run(run: hg.Run, monkeypatch: pytest
 
     monkeypatch.setattr(watching, "tqdm", noted)
     hg.attribute(run, PROBLEM.queries, smoothing=3, fraction=0.25, check=False, progress=False)
-    assert bars[0].n == bars[0].total == (3 + 2) * len(STEPS)  # the recorded run is not taken again
+    assert bars[0].n == bars[0].total == (3 + 3) * len(STEPS)  # each run is taken, and swept
 
 
 def test_the_check_compares_with_retraining_without_other_subsets(run: hg.Run) -> None:
@@ -104,7 +104,7 @@ def test_the_check_compares_with_retraining_without_other_subsets(run: hg.Run) -
     assert found.correlation == pytest.approx(float((a * p).sum() / a.norm() / p.norm()), rel=1e-9)
     assert found.error == pytest.approx(float((a - p).norm() / a.norm()), rel=1e-9)
     said = str(scores.diagnostics)
-    assert "the run and 3 without 0.25" in said
+    assert "4 runs without 0.25" in said
     assert "seed 3" in said
     assert "25%" in " ".join(scores.diagnostics.reasons)
     again = hg.Attribution.load(scores.save(run.trajectory.folder.parent / "scores.safetensors"))

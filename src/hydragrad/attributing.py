@@ -29,7 +29,7 @@ from hydragrad.planning import Plan, plan_sweep
 from hydragrad.resuming import Piece, Pieces, digest, qualified, summary
 from hydragrad.run import Run, kept_random_state
 from hydragrad.scoring import Rows, Scores
-from hydragrad.smoothing import FRACTION, Runs, proved
+from hydragrad.smoothing import Runs, proved
 from hydragrad.trajectory.identity import identity
 from hydragrad.trajectory.moments import Backwards
 from hydragrad.verification import repeated_step
@@ -60,7 +60,7 @@ def attribute(
     progress: bool = True,
     resume: str | Path | None = None,
     smoothing: int | None = None,
-    fraction: float = FRACTION,
+    fraction: float | None = None,
     weights: Tensor | None = None,
     drift_tolerance: float | None = None,
 ) -> Attribution:
@@ -78,8 +78,8 @@ def attribute(
     ``check``: compare with retraining (four replays) under ``seed``; ``progress``: show a bar; ``resume``: a folder in
     which finished blocks of queries are kept: the same call, made again after a kill, goes on from there and ends bit
     for bit as it would have (another question in that folder is refused, and the difference named); ``smoothing``: the
-    mean of the scores of so many runs, the recorded one and others without a random ``fraction`` of the examples (under
-    ``seed``), for questions about many examples at once; ``weights`` [N]: the scores of one run with these weights;
+    mean of the scores of so many runs without a random ``fraction`` of the examples each (under ``seed``; None: about a
+    tenth), for questions about many examples at once; ``weights`` [N]: the scores of one run with these weights;
     ``drift_tolerance``: how far the gradient that is differentiated may be from the training step's, relatively (None:
     rounding, and 0.05 for steps under autocast, which are differentiated in full precision; more is refused).
 
@@ -284,7 +284,7 @@ def _sweep(wanted: _Wanted, scores: Scores, plan: Plan, progress: bool, pieces: 
                     watch.skip(sweep.stop, piece.growths, piece.drift)
                     continue
                 way = sweep.way(weights, plan.segment, watch.bar.update) if way is None else way
-                found, sizes = _sweep_block(wanted, scores, plan, watch, way, chosen)
+                found, sizes = _sweep_block(wanted, scores, plan, watch, way, chosen, wanted.runs.counting(weights))
                 scores.put(chosen, found, sizes)
                 if pieces is not None:
                     pieces.save(place, Piece(found, watch.growths, watch.drift, sizes))
@@ -294,12 +294,12 @@ def _sweep(wanted: _Wanted, scores: Scores, plan: Plan, progress: bool, pieces: 
 
 
 def _sweep_block(
-    wanted: _Wanted, scores: Scores, plan: Plan, watch: Watch, way: Way, chosen: slice
+    wanted: _Wanted, scores: Scores, plan: Plan, watch: Watch, way: Way, chosen: slice, counting: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """One sweep for the chosen columns, from the sensitivities at the end to the finished scores and their sizes."""
     sweep, engine = wanted.sweep, plan.chosen.engine
     slopes, of_buffers = wanted.queries.sensitivities(way.end, wanted.columns, chosen)
-    scores.open(chosen, sweep.replayer.device)
+    scores.open(chosen, sweep.replayer.device, counting)
     linear = sweep.optimizer.update.linear
     moments = Backwards(sweep.replayer, way.trajectory, sweep.stop, plan.segment, plan.on_disk, linear=linear)
     common = (min(plan.block, chosen.stop - chosen.start), scores.add, watch)

@@ -61,10 +61,9 @@ class Range:
 class Smoothing:
     """What smoothed scores are means over, and what retraining without other parts of that size says of them.
 
-    ``runs`` R: the recorded one, and others without a random ``fraction`` of the examples; ``spread``: relative
-    standard error of the mean over them; ``subsets`` retrained, with relative ``error`` and ``correlation`` of
-    predicted and actual changes of the queries, both centred over the subsets (NaN: not checked); ``failure``: why a
-    subset could not be compared.
+    ``runs`` R, each without a random ``fraction`` of the examples; ``spread``: relative standard error of the mean over
+    them; ``subsets`` retrained, with relative ``error`` and ``correlation`` of predicted and actual changes of the
+    queries, both centred over the subsets (NaN: not checked); ``failure``: why a subset could not be compared.
     """
 
     runs: int
@@ -146,7 +145,7 @@ class Diagnostics:
         ]
         if (found := self.smoothing) is not None:
             lines.append(
-                f"  mean over the run and {found.runs - 1} without {found.fraction:g} of the examples "
+                f"  mean over {found.runs} runs without {found.fraction:g} of the examples each "
                 f"(seed {self.seed}); relative standard error {found.spread:.2f}"
             )
             if found.subsets:

@@ -45,7 +45,7 @@ class Scores:
     ``tokens`` L: every row is L rows, one for each token, [E or 1, R L, M]; 0: the terms of tokens are summed. With
     several ``runs``, ``finish`` makes what was put their mean, in which a run counts inversely to its size for each
     query: size = ||terms of all examples in all steps||, the same however rows are grouped. A run near an instability
-    has scores many times those of its neighbours, and would rule a plain mean.
+    has scores many times those of its neighbours, and would rule a plain mean. ``open`` says what each example counts.
     """
 
     def __init__(
@@ -67,14 +67,16 @@ class Scores:
         self.height = epochs * self.values.shape[1]
         self.runs = runs
         self._open: Tensor | None = None
+        self._counting: Tensor | None = None
         self._sizes = torch.zeros(0)
         self._squares = 0.0
         self._weights = torch.zeros(columns, dtype=torch.float64)
         self.spread = float("nan")
         """The relative standard error of the mean of the runs' scores over their sizes, as of independent runs."""
 
-    def open(self, columns: slice, device: torch.device) -> None:
-        """Begin a sweep for these columns."""
+    def open(self, columns: slice, device: torch.device, counting: Tensor | None = None) -> None:
+        """Begin a sweep for these columns; ``counting`` [N]: factors of the examples' terms."""
+        self._counting = counting
         width = columns.stop - columns.start
         direct = self.runs == 1 and device.type == "cpu" and width == self.values.shape[2]
         self._open = self.values if direct else self.values.new_zeros(*self.values.shape[:2], width, device=device)
@@ -88,6 +90,9 @@ class Scores:
         if self.runs > 1:
             self._sizes[chosen] += each.double().square().sum(1)
         terms = terms if self.tokens else each
+        if self._counting is not None:
+            factors = self._counting[ids].to(terms)
+            terms = terms * factors.reshape(-1, *[1] * (terms.dim() - 2))
         target = self._open[epoch if self.by_epoch else 0]
         at = ids if self.rows.whole else self.rows.of[ids]
         if not self.rows.whole and bool((at < 0).any()):

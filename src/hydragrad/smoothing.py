@@ -16,7 +16,9 @@ from hydragrad.trajectory.replay import check_weights
 from hydragrad.trajectory.reweighted import seen
 
 FRACTION = 0.1
-"""The part of the examples that each of the runs lacks."""
+"""About the part of the examples that each of the runs lacks."""
+ABSENT = 0.5
+"""What an example's score counts in a run that lacks it: a convention, best over the tasks in docs/smoothing.md."""
 SUBSETS = 8
 """Retrainings that put smoothed scores to the proof."""
 RELIABLE, DOUBTFUL = 0.5, 0.25
@@ -35,14 +37,17 @@ class Runs:
     fraction: float | None = None
 
     @staticmethod
-    def of(count: int, smoothing: int | None, fraction: float, weights: Tensor | None, seed: int) -> "Runs":
+    def of(count: int, smoothing: int | None, fraction: float | None, weights: Tensor | None, seed: int) -> "Runs":
         """As asked; refuses what names no such runs."""
         check_smoothing(smoothing, fraction)
         if weights is not None and smoothing is not None:
             raise MismatchError(message("weights and smoothing together", remedy="give one of them"))
         if weights is not None:
             return Runs(check_weights(weights, count).cpu()[None])
-        return Runs() if smoothing is None else Runs(removals(count, smoothing, fraction, seed), float(fraction))
+        if smoothing is None:
+            return Runs()
+        part = even_fraction(smoothing) if fraction is None else float(fraction)
+        return Runs(removals(count, smoothing, part, seed), part)
 
     def __len__(self) -> int:
         return 0 if self.weights is None else len(self.weights)
@@ -51,29 +56,47 @@ class Runs:
         """The weights [N] of each run; None for the recorded one."""
         return iter([None] if self.weights is None else [None if bool((w == 1).all()) else w for w in self.weights])
 
+    def counting(self, weights: Tensor | None) -> Tensor | None:
+        """What the score of each example counts in a run with these weights [N]; None: all count fully."""
+        if self.fraction is None or weights is None:
+            return None
+        return torch.where(weights == 0, ABSENT, 1.0)
 
-def check_smoothing(smoothing: int | None, fraction: float = FRACTION) -> None:
+
+def check_smoothing(smoothing: int | None, fraction: float | None = None) -> None:
     """Refuse what is no number of runs, or no part of the data."""
     if smoothing is not None and (isinstance(smoothing, bool) or not isinstance(smoothing, int) or smoothing < 1):
         raise UnsupportedError(
             message("smoothing is no number of runs", expected="an integer, at least 1 (or None)", got=repr(smoothing))
         )
-    if not 0 <= fraction < 1:
+    if fraction is not None and not 0 <= fraction < 1:
         raise UnsupportedError(
             message("fraction is no part of the data", expected="a number from 0 to below 1", got=repr(fraction))
         )
 
 
-def removals(count: int, runs: int, fraction: float, seed: int) -> Tensor:
-    """Weights [R, N]: first the run as it was, then runs without a random ``fraction`` of the examples each.
+def even_fraction(runs: int) -> float:
+    """The multiple of 1/R nearest to ``FRACTION``, at least 1/R: every example is missing equally often."""
+    return max(round(FRACTION * runs), 1) / runs if runs > 1 else FRACTION
 
-    Drawn under ``seed``; the first R rows are the same for every larger R.
+
+def removals(count: int, runs: int, fraction: float, seed: int) -> Tensor:
+    """Weights [R, N] of runs that lack a random ``fraction`` of the examples each, and every example equally often.
+
+    The parts are cut one after the other from random permutations of all examples, drawn under ``seed``: disjoint until
+    every example was missing once. The first R rows are the same for every larger R.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = torch.ones(runs, count, dtype=torch.float64)
     size = min(round(fraction * count), count - 1)
-    for row in weights[1:]:
-        row[torch.randperm(count, generator=generator)[:size]] = 0.0
+    left = torch.empty(0, dtype=torch.int64)
+    for row in weights:
+        if len(left) < size:
+            order = torch.randperm(count, generator=generator)
+            again = torch.isin(order, left)  # what is still to come of the last permutation comes first, and once
+            left = torch.cat([left, order[~again], order[again]])
+        row[left[:size]] = 0.0
+        left = left[size:]
     return weights
 
 
@@ -122,7 +145,7 @@ def proved(
 def judge(found: Smoothing, method: str) -> tuple[Verdict, list[str]]:
     """The verdict on smoothed scores, with its reasons."""
     ran = (
-        f"scores are means over the run and {found.runs - 1} that lack a random {found.fraction:.0%} of its examples: "
+        f"scores are means over {found.runs} runs that lack a random {found.fraction:.0%} of the examples each: "
         "they predict what removing parts of about that size does, not what removing one example does (smoothing=None)"
     )
     if found.failure:

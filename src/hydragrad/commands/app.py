@@ -35,7 +35,6 @@ from hydragrad.planning import plan
 from hydragrad.report.tables import ranking_table
 from hydragrad.retraining.measuring import losses_at
 from hydragrad.run import Run
-from hydragrad.smoothing import FRACTION
 from hydragrad.tasks.naming import resolve_task
 from hydragrad.tasks.task import Task
 from hydragrad.tasks.training import train as train_task
@@ -170,7 +169,7 @@ def attribute(
     check: Annotated[bool, typer.Option(help="Check the scores against retraining: four replays.")] = True,
     resume: Blocks = None,
     smoothing: Smoothing = None,
-    fraction: Fraction = FRACTION,
+    fraction: Fraction = None,
 ) -> None:
     """Score every training example for every test example of a task, and show the most helpful and harmful.
 

@@ -89,7 +89,10 @@ Smoothing = Annotated[
     ),
 ]
 Fraction = Annotated[
-    float, typer.Option(min=0.0, max=0.99, help="With --smoothing: the part of the data that the other runs lack.")
+    float | None,
+    typer.Option(
+        min=0.0, max=0.99, help="With --smoothing: the part of the data that each run lacks.", show_default="about 0.1"
+    ),
 ]
 
 
