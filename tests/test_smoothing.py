@@ -218,7 +218,7 @@ def test_every_example_is_missing_equally_often(count: int, runs: int, fraction:
 
 
 def test_the_fraction_divides_the_runs_evenly() -> None:
-    assert [even_fraction(runs) for runs in (1, 2, 4, 8, 10, 16, 20)] == [0.1, 0.5, 0.25, 0.125, 0.1, 0.125, 0.1]
+    assert [even_fraction(runs) for runs in (1, 2, 4, 8, 10, 16, 20)] == [0.125, 0.125, 0.125, 0.125, 0.1, 0.125, 0.1]
 
 
 def test_a_run_far_out_does_not_rule_the_mean() -> None:

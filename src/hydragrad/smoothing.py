@@ -15,8 +15,8 @@ from hydragrad.run import Run
 from hydragrad.trajectory.replay import check_weights
 from hydragrad.trajectory.reweighted import seen
 
-FRACTION = 0.1
-"""About the part of the examples that each of the runs lacks."""
+FRACTION, FEW_RUNS = 0.1, 8
+"""About the part of the examples that each of the runs lacks; an eighth where there are fewer than eight."""
 ABSENT = 0.5
 """What an example's score counts in a run that lacks it: a convention, best over the tasks in docs/smoothing.md."""
 SUBSETS = 8
@@ -76,8 +76,11 @@ def check_smoothing(smoothing: int | None, fraction: float | None = None) -> Non
 
 
 def even_fraction(runs: int) -> float:
-    """The multiple of 1/R nearest to ``FRACTION``, at least 1/R: every example is missing equally often."""
-    return max(round(FRACTION * runs), 1) / runs if runs > 1 else FRACTION
+    """The multiple of 1/R nearest to ``FRACTION``, at least 1/R: every example is missing equally often.
+
+    Of fewer than eight runs some examples are missing in none: parts above an eighth would be another problem.
+    """
+    return max(round(FRACTION * runs), 1) / runs if runs >= FEW_RUNS else 1 / FEW_RUNS
 
 
 def removals(count: int, runs: int, fraction: float, seed: int) -> Tensor:
