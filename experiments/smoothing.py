@@ -193,6 +193,25 @@ def candidates(held: Tensors, seed: int) -> Iterator[tuple[str, Tensor]]:
             yield f"R = {CONTROLLED}, gauss-newton as control variate{words}", scores
 
 
+def absent_to_present(runs: Tensor, missing: Tensor) -> float:
+    """The norm of the mean score of each example over runs that lack it, over that of runs that have it."""
+    means = []
+    for part in (missing, ~missing):
+        weights = part[..., None] / runs[:, -1:]
+        means.append((runs[:, :-1] * weights).sum(0) / weights.sum(0).clamp(min=1e-300))
+    both = missing.any(0) & (~missing).any(0)
+    return float(means[0][both].norm() / means[1][both].norm())
+
+
+def ends_of(held: Tensors, seed: int) -> str:
+    """How much larger the scores of absent examples are, in words."""
+    if "eight folds/7" not in held:
+        return ""
+    runs = torch.stack([held[f"eight folds/{n}"] for n in range(8)])
+    ratio = absent_to_present(runs, _folds(held["truth/weights"].shape[1], seed) == 0)
+    return f"eight folds: the scores of absent examples are {ratio:.1f} times those of present ones"
+
+
 CONTROLLED = 8
 """Runs with exact scores whose noise their gauss-newton scores take out."""
 
@@ -255,16 +274,18 @@ def main() -> None:
     for name in options.tasks:
         spec = replace(SPECS[name], removed=REMOVED, subsets=SUBSETS)
         rows: dict[str, list[dict[str, list[float]]]] = {}
+        ends = ""
         for seed in options.seeds or SEEDS.get(name, (0,)):
             kinds = options.only or USUAL.get(name, tuple(KINDS))
             held = gather(spec, seed, Answers(options.out / f"{name}-{seed}.safetensors"), kinds)
             for way, scores in candidates(held, seed) if held else ():
                 rows.setdefault(way, []).append(measured(held, scores))
+            ends = ends_of(held, seed)
         if not rows:
             print(f"{name} is left out: its data is not here (set HYDRAGRAD_DATA to the data's folder)")
             continue
         results[name] = rows
-        print(f"\n{name}, {len(rows['exact'])} seed(s)\n\n{table(rows)}", flush=True)
+        print(f"\n{name}, {len(rows['exact'])} seed(s)\n\n{table(rows)}\n{ends}", flush=True)
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
 
 

@@ -180,7 +180,7 @@ def attribute(
         hydragrad attribute runs/digits --task digits --method gauss-newton --out scores.safetensors
         hydragrad attribute runs/digits --task digits --resume runs/digits-scores --out scores.safetensors
         hydragrad attribute runs/digits --task digits --memory 2GB --disk 10GB --replays 3
-        hydragrad attribute runs/digits --task digits --smoothing 16 --fraction 0.1 --out scores.safetensors
+        hydragrad attribute runs/digits --task digits --smoothing 8 --out scores.safetensors
 
     Read saved scores in Python: hydragrad.Attribution.load("scores.safetensors").
     """

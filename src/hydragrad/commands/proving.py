@@ -76,7 +76,7 @@ def validate(
         progress=interactive(),
     )
     say("", str(found))
-    if advice := _advice(metric, found.correlation.mean, given, fraction):
+    if advice := _advice(metric, found.correlation.mean, given):
         say(f"advice: {advice}")
     if out is not None:
         say(f"saved: {found.save(out)}")
@@ -88,13 +88,11 @@ _ENOUGH = 0.8
 """A correlation from which no other scores are worth their time."""
 
 
-def _advice(metric: Metric, correlation: float, scores: Attribution, fraction: float) -> str:
+def _advice(metric: Metric, correlation: float, scores: Attribution) -> str:
     """Which scores are meant for this question, where these are not and it shows."""
     smoothed = scores.diagnostics.smoothing is not None
     if correlation >= _ENOUGH or metric not in (Metric.subset, Metric.loo) or smoothed == (metric == Metric.subset):
         return ""
     if smoothed:
         return "these scores are smoothed, for many examples at once; for single ones attribute without --smoothing"
-    return (
-        f"these scores are for single examples; for many at once attribute with --smoothing 16 --fraction {fraction:g}"
-    )
+    return "these scores are for single examples; for many at once attribute with --smoothing 8"
