@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 else:
@@ -17,4 +19,9 @@ else:
 
         Int = Float
 
-__all__ = ["Float", "Int"]
+__all__ = ["Float", "Int", "in_rows"]
+
+
+def in_rows(x: Tensor, lead: int = 1) -> Tensor:
+    """A block ``[*lead axes, *shape]`` as ``[*lead axes, numel]``: 1 for a parameter that is a single number."""
+    return x.reshape(*x.shape[:lead], -1)

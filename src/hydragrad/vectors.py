@@ -24,7 +24,7 @@ from hydragrad.hypergradient.queries import Columns, Queries, example_ids
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.planning import Plan, plan_sweep
 from hydragrad.run import Run, kept_random_state
-from hydragrad.shapes import Float, Int
+from hydragrad.shapes import Float, Int, in_rows
 from hydragrad.trajectory.identity import identity
 from hydragrad.trajectory.moments import forwards
 
@@ -76,7 +76,7 @@ class Hypergradients:
             for first in range(0, columns.count, 64):
                 chosen = slice(first, min(first + 64, columns.count))
                 slopes, of_buffers = (
-                    torch.cat([x.flatten(1).cpu() for x in part], dim=1) if part else None
+                    torch.cat([in_rows(x).cpu() for x in part], dim=1) if part else None
                     for part in asked.sensitivities(end, columns, chosen)
                 )
                 assert slopes is not None

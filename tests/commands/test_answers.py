@@ -213,7 +213,7 @@ def test_attribute_smooths(trained: Path, folder: Path) -> None:
     asked = ("--smoothing", "2", "--fraction", "0.25", "--no-check", "--out", "smooth")
     printed = run("attribute", str(trained), "-t", TASK, *asked).output
     assert "2 reweighted run(s)" in printed
-    assert "mean over the run and 1 without 0.25 of the examples (seed 0)" in printed
+    assert "mean over 2 runs without 0.25 of the examples each (seed 0)" in printed
     sys.path.insert(0, str(folder))
     from hydragrad.tasks.naming import resolve_task
 

@@ -17,6 +17,7 @@ from hydragrad.hypergradient.agreement import AGREEMENT
 from hydragrad.hypergradient.queries import Columns, Queries
 from hydragrad.hypergradient.scaled import PerExampleGradients
 from hydragrad.run import Run
+from hydragrad.shapes import in_rows
 from hydragrad.step.objective import Objective, Point, Vectors
 from hydragrad.trajectory.batches import BatchSource
 from hydragrad.trajectory.identity import identity
@@ -187,7 +188,7 @@ class Setting:
 
 def flat(parts: Sequence[Tensor]) -> Tensor:
     """Blocks [k, *shape], one a parameter, as rows [k, P]."""
-    return torch.cat([part.flatten(1) for part in parts], dim=1)
+    return torch.cat([in_rows(part) for part in parts], dim=1)
 
 
 def unflat(rows: Tensor, like: Vectors) -> Vectors:

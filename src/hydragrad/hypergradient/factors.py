@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from hydragrad.hypergradient.simplify import value_of
+from hydragrad.shapes import in_rows
 
 aten = torch.ops.aten
 
@@ -43,7 +44,7 @@ def terms_of(gradient: Tensor | Factors, scale: Tensor | float, directions: Tens
     """
     if isinstance(gradient, Tensor):
         scaled = gradient * scale if isinstance(scale, Tensor) else gradient
-        terms = directions.flatten(1) @ scaled.flatten(1).T
+        terms = in_rows(directions) @ in_rows(scaled).T
     else:
         terms = _in_chunks(*gradient, scale if isinstance(scale, Tensor) else None, directions)
     return terms if isinstance(scale, Tensor) else terms.mul_(scale)

@@ -12,6 +12,7 @@ from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.pushing import Push
 from hydragrad.hypergradient.queries import pulled_back
 from hydragrad.hypergradient.stepping import linearized
+from hydragrad.shapes import in_rows
 from hydragrad.step.objective import Objective, Point, Vectors
 from hydragrad.step.optimizer_map import OptimizerMap
 from hydragrad.step.updates import Slots
@@ -41,11 +42,11 @@ class Tangents:
 
     def flat(self) -> Tensor:
         """H as ``[n, P]``."""
-        return torch.cat([h.flatten(1) for h in self.h], dim=1)
+        return torch.cat([in_rows(h) for h in self.h], dim=1)
 
     def flat_buffers(self) -> Tensor:
         """Y as ``[n, Q]``, Q the numbers in all carried buffers."""
-        return torch.cat([self.h[0].new_empty(len(self.h[0]), 0), *(y.flatten(1) for y in self.y)], dim=1)
+        return torch.cat([self.h[0].new_empty(len(self.h[0]), 0), *(in_rows(y) for y in self.y)], dim=1)
 
 
 def forward_sweep(

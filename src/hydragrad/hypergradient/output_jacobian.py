@@ -10,6 +10,7 @@ from hydragrad.errors import UnsupportedError, message
 from hydragrad.hypergradient.curvature import Products, over_block, vjp
 from hydragrad.hypergradient.gauss_newton import GaussNewton
 from hydragrad.hypergradient.tracing import TracedFunction
+from hydragrad.shapes import in_rows
 from hydragrad.step.objective import Objective, Point, Vectors
 
 _MOST_BYTES = 2**30
@@ -108,7 +109,7 @@ def _sizes(floats: Vectors) -> list[int]:
 
 def _pushed(jacobian: Vectors, gam: Vectors, floats: Vectors) -> Vectors:
     """J_e gam_e ``[K, b, C_f]`` for every output f."""
-    total = sum(torch.matmul(g.flatten(1), j.flatten(2).flatten(0, 1).T) for j, g in zip(jacobian, gam, strict=True))
+    total = sum(torch.matmul(in_rows(g), in_rows(j, 2).flatten(0, 1).T) for j, g in zip(jacobian, gam, strict=True))
     assert isinstance(total, Tensor)
     b, c = jacobian[0].shape[:2]
     return total.view(len(total), b, c).split(_sizes(floats), dim=2)
@@ -117,4 +118,6 @@ def _pushed(jacobian: Vectors, gam: Vectors, floats: Vectors) -> Vectors:
 def _pulled(jacobian: Vectors, curved: Vectors) -> Vectors:
     """J_e^T u ``[K, *shape]`` for output cotangents u."""
     together = torch.cat([u.flatten(2) for u in curved], dim=2).flatten(1)
-    return tuple(torch.matmul(together, j.flatten(2).flatten(0, 1)).view(len(together), *j.shape[2:]) for j in jacobian)
+    return tuple(
+        torch.matmul(together, in_rows(j, 2).flatten(0, 1)).view(len(together), *j.shape[2:]) for j in jacobian
+    )

@@ -13,6 +13,7 @@ from hydragrad.hypergradient.curvature import Engine
 from hydragrad.hypergradient.points import points_of
 from hydragrad.hypergradient.scaled import ScaledEngine
 from hydragrad.hypergradient.stepping import linearized
+from hydragrad.shapes import in_rows
 from hydragrad.step.objective import Objective, Vectors
 from hydragrad.step.optimizer_map import OptimizerMap
 from hydragrad.step.updates import Linearization, Slots
@@ -39,7 +40,7 @@ class Adjoint:
 
     def norms(self) -> Tensor:
         """||lam_q||, [Q]."""
-        return torch.stack([x.flatten(1).norm(dim=1) for x in self.lam]).norm(dim=0)
+        return torch.stack([in_rows(x).norm(dim=1) for x in self.lam]).norm(dim=0)
 
     def parts(self) -> Sequence[Tensor]:
         """What must stay finite, a tensor for each parameter."""

@@ -13,7 +13,7 @@ from hydragrad.hypergradient.queries import Columns
 from hydragrad.labels import Relabel
 from hydragrad.retraining.measuring import queries_of
 from hydragrad.run import Run, kept_random_state
-from hydragrad.shapes import Float, Int
+from hydragrad.shapes import Float, Int, in_rows
 from hydragrad.signals.probabilities import Scale
 from hydragrad.signals.trying import LabelLosses, el2n
 from hydragrad.trajectory.state import State
@@ -119,7 +119,7 @@ def self_influence(run: Run, most: int = MOST) -> Float[Tensor, " N"]:
             for first in range(0, queries.count, _GRADIENTS):
                 chosen = slice(first, min(first + _GRADIENTS, queries.count))
                 for part in queries.sensitivities(state, columns, chosen)[0]:
-                    total[chosen] += part.flatten(1).square().sum(1).cpu().to(total.dtype)
+                    total[chosen] += in_rows(part).square().sum(1).cpu().to(total.dtype)
     return total / count
 
 

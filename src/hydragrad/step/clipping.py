@@ -7,6 +7,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from hydragrad.shapes import in_rows
+
 _EPS = 1e-6
 """In the denominator of torch's clip_grad_norm_."""
 
@@ -79,7 +81,7 @@ class ClipMap:
         assert self.scale is not None
         total: Any = 0.0
         for name, pair in self.directions.items():
-            total = total + block[name].flatten(1) @ pair[along].flatten()
+            total = total + in_rows(block[name]) @ pair[along].flatten()
         for name, pair in self.directions.items():
             x = block[name]
             x.mul_(self.scale).add_(total.view(-1, *[1] * (x.dim() - 1)) * pair[onto])
