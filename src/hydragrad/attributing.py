@@ -14,7 +14,7 @@ from hydragrad.amounts import Amount
 from hydragrad.asked import Asked
 from hydragrad.attribution import Attribution
 from hydragrad.checks import Checks, finite_differences, judge
-from hydragrad.derivatives import derivative_error
+from hydragrad.derivatives import worst_error
 from hydragrad.diagnostics import Diagnostics, Smoothing
 from hydragrad.errors import MismatchError, message
 from hydragrad.hypergradient.engines import check_method
@@ -109,7 +109,7 @@ def attribute(
             again=pieces.plan if pieces is not None else None,
             reweighted=len(runs),
         )
-        wrong, slopes = _derivatives(wanted, plan), slope_error(wanted.queries, sweep.end())
+        wrong, slopes = worst_error(sweep, method), slope_error(wanted.queries, sweep.end())
         watch = _sweep(wanted, scores, plan, progress, pieces)
         asked = Asked.of(wanted.measured(), sweep.stop, groups, measurement)
         swept = time.perf_counter() - began
@@ -197,15 +197,6 @@ class _Wanted:
             "device": str(self.sweep.replayer.device),
             "torch": torch.__version__,
         }
-
-
-def _derivatives(wanted: _Wanted, plan: Plan) -> float | None:
-    """The error of torch's own derivatives on one batch, looked at once a run: also where nothing is retrained."""
-    sweep, memo = wanted.sweep, wanted.sweep.run.memo
-    key = ("derivatives", wanted.method, sweep.stop, sweep.objective.names, sweep.objective.mode)
-    if key not in memo:
-        memo[key] = derivative_error(sweep.objective, plan.chosen.point, wanted.method)
-    return memo[key]
 
 
 def _check(
