@@ -108,6 +108,8 @@ def _flat(queries: Queries, state: State) -> bool:
         out = measure(leaves)
         if not out.isfinite().all():
             return False  # named as that elsewhere
+        if out.requires_grad and queries.count == 1:
+            return False  # one alone may be truly flat: a loss over pairs, a saturated one
         if out.requires_grad and any(
             bool(g.any()) for g in torch.autograd.grad(out.sum(), leaves, materialize_grads=True)
         ):
