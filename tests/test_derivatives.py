@@ -137,3 +137,50 @@ def test_a_model_without_float64_is_not_judged_by_its_derivatives(tmp_path):
     diagnostics = hg.attribute(run, problem.queries, check=True, progress=False).diagnostics
     assert diagnostics.derivative_error is None
     assert not any("derivatives" in reason for reason in diagnostics.reasons)
+
+
+class Detaching(nn.Module):
+    """From a forward pass in training on, or until it, half of what it multiplies is taken for a constant."""
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__()
+        self.first, self.last = first, last
+        self.register_buffer("passes", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.passes += 1
+        z = torch.tanh(x)
+        return z * (z.detach() if self.first <= int(self.passes) <= self.last else z)
+
+
+LATER = {"always": (0, 99), "second half": (4, 99), "last step": (7, 99), "first half": (0, 3), "never": (99, 99)}
+
+
+@pytest.mark.parametrize("when", LATER)
+def test_a_constant_that_appears_later_is_found(when, tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(4, 6), Detaching(*LATER[when]), nn.Linear(6, 3)).double()
+    run = recorded(replace(recipe_of(PROBLEM), model=model), tmp_path / "run")
+    for check in (False, True):  # the second from what is known
+        found = hg.attribute(run, PROBLEM.queries, check=check, progress=False).diagnostics
+        assert found.derivative_error is not None
+        assert (found.derivative_error > DERIVATIVES) == (when != "never")
+        assert (found.verdict in ("doubtful", "meaningless")) == (when != "never")
+
+
+def test_a_kink_nearby_is_not_a_wrong_derivative(tmp_path):
+    """A kink within the first step of the differences, not within the second."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    sweep = Sweep.of(recorded(replace(recipe_of(PROBLEM), model=model), tmp_path / "run"))
+    moment = next(forwards(sweep.replayer, sweep.run.trajectory, 1))
+    point = next(points_of(moment, sweep.objective))[2]
+    weight, bias, *others = point.params
+    near = bias.clone()
+    near[0] = 3e-7 - float(point.batch[0][0] @ weight[0])
+    error = derivative_error(sweep.objective, replace(point, params=(weight, near, *others)), "exact")
+    assert error is not None
+    assert error < 1e-5

@@ -14,7 +14,7 @@ from hydragrad.amounts import Amount
 from hydragrad.asked import Asked
 from hydragrad.attribution import Attribution
 from hydragrad.checks import Checks, finite_differences, judge
-from hydragrad.derivatives import derivative_error
+from hydragrad.derivatives import worst_error
 from hydragrad.diagnostics import Diagnostics, Smoothing
 from hydragrad.errors import MismatchError, message
 from hydragrad.hypergradient.engines import check_method
@@ -29,6 +29,7 @@ from hydragrad.planning import Plan, plan_sweep
 from hydragrad.resuming import Piece, Pieces, digest, qualified, summary
 from hydragrad.run import Run, kept_random_state
 from hydragrad.scoring import Rows, Scores
+from hydragrad.slopes import slope_error
 from hydragrad.smoothing import Runs, proved
 from hydragrad.trajectory.identity import identity
 from hydragrad.trajectory.moments import Backwards
@@ -108,12 +109,12 @@ def attribute(
             again=pieces.plan if pieces is not None else None,
             reweighted=len(runs),
         )
-        wrong = _derivatives(wanted, plan)
+        wrong, slopes = worst_error(sweep, method), slope_error(wanted.queries, sweep.end())
         watch = _sweep(wanted, scores, plan, progress, pieces)
         asked = Asked.of(wanted.measured(), sweep.stop, groups, measurement)
         swept = time.perf_counter() - began
         smoothed = None if runs.fraction is None else Smoothing(len(runs), runs.fraction, scores.spread)
-        checks = Checks(None, wrong, gap=plan.gradient_gap, half=str(run.half_precision or ""), smoothing=smoothed)
+        checks = Checks(None, wrong, slopes, None, smoothed, plan.gradient_gap, str(run.half_precision or ""))
         if check:
             checks = _check(wanted, scores, plan, watch, checks, seed, progress)
     seconds = time.perf_counter() - began
@@ -198,15 +199,6 @@ class _Wanted:
         }
 
 
-def _derivatives(wanted: _Wanted, plan: Plan) -> float | None:
-    """The error of torch's own derivatives on one batch, looked at once a run: also where nothing is retrained."""
-    sweep, memo = wanted.sweep, wanted.sweep.run.memo
-    key = ("derivatives", wanted.method, sweep.stop, sweep.objective.names, sweep.objective.mode)
-    if key not in memo:
-        memo[key] = derivative_error(sweep.objective, plan.chosen.point, wanted.method)
-    return memo[key]
-
-
 def _check(
     wanted: _Wanted, scores: Scores, plan: Plan, watch: Watch, known: Checks, seed: int, progress: bool
 ) -> Checks:
@@ -246,6 +238,7 @@ def _diagnose(
         drift=drift,
         growth=watch.growth,
         derivative_error=checks.derivatives,
+        measurement_error=checks.slopes,
         gradient_gap=plan.gradient_gap,
         plan=str(plan),
         verdict=verdict,

@@ -148,12 +148,13 @@ def _correlation(a: Tensor, b: Tensor) -> float:
 class Checks:
     """What was looked at besides the sweep: the ladder, torch's derivatives, a step repeated. None: not looked at.
 
-    ``smoothing``: for means over several runs, in place of the ladder; ``gap``: of the gradient that is differentiated
-    to the step's; ``half``: the dtype of autocast, if steps ran under it.
+    ``slopes``: of the measurement; ``smoothing``: for means over several runs, in place of the ladder; ``gap``: of the
+    gradient that is differentiated to the step's; ``half``: the dtype of autocast, if steps ran under it.
     """
 
     found: FiniteDifferences | None = None
     derivatives: float | None = None
+    slopes: float | None = None
     unsteady: Nondeterminism | None = None
     smoothing: Smoothing | None = None
     gap: float = 0.0
@@ -190,6 +191,9 @@ def judge(
             "an operation with a wrong second derivative (a fused kernel, a custom autograd function), a value that "
             "depends on the parameters and is taken for a constant (detach, no_grad), or a kink"
         )
+    if checks.slopes is not None and checks.slopes > DERIVATIVES:
+        verdict = "meaningless" if verdict == "meaningless" else "doubtful"
+        reasons.append(slopes_off(checks.slopes))
     if growth > GROWTH:
         verdict = "meaningless" if verdict == "meaningless" else "doubtful"
         reasons.append(f"the adjoint grew {growth:.1e} times: the run amplifies small changes (chaotic training)")
@@ -206,6 +210,15 @@ def judge(
             f"({checks.half}): beyond the {HALF_PRECISION:.0%} that is usual, and allowed by drift_tolerance"
         )
     return verdict, tuple(reasons)
+
+
+def slopes_off(error: float) -> str:
+    """What a wrong slope of the measurement comes from."""
+    return (
+        f"the slopes of what is measured of the queries are off by {error:.1e} from finite differences: a value in the "
+        "measurement (or the loss, or the model in evaluation mode) that depends on the parameters and is taken for a "
+        "constant (detach, no_grad, .item(), numpy), a slope that is not the value's (straight-through), or a kink"
+    )
 
 
 def _why(method: str, found: FiniteDifferences) -> str:

@@ -1,5 +1,6 @@
-"""Whether torch's derivatives of a model are right: against finite differences, in float64, on one batch."""
+"""Whether torch's derivatives of a model are right: against finite differences, in float64, on a few batches."""
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
@@ -8,15 +9,52 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hydragrad.copying import copy_of
+from hydragrad.hypergradient.choosing import points_at
 from hydragrad.hypergradient.costs import probe_block, probe_buffers
 from hydragrad.hypergradient.curvature import zeros
 from hydragrad.hypergradient.engines import reference
+from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.step.objective import Objective, Point, Vectors
+from hydragrad.trajectory.moments import advance
 from hydragrad.trajectory.randomness import seeded
 
 DERIVATIVES = 1e-3
 """Relative error of torch's second derivatives above which some operation's derivative is wrong."""
 _FEW = 8
+_AHEAD = 64
+"""Steps replayed from a stored state at most, to come to where the derivatives are looked at."""
+_STEPS = (1e-6, 1e-7)
+"""Steps of the differences; the second one where the first finds an error: fewer kinks are crossed by it."""
+
+
+def worst_error(sweep: Sweep, method: str) -> float | None:
+    """The largest ``derivative_error`` along a run: what is a constant in one phase of it need not be in another.
+
+    Looked at once a run: near its start, its middle and its end, and where each other set of modes begins. Not at step
+    0, of which no curvature counts: nothing moves with an example's weight before it.
+    """
+    key = ("derivatives", method, sweep.stop, sweep.objective.names)
+    memo = sweep.run.memo
+    if key not in memo:
+        errors = [derivative_error(sweep.objective, point, method) for point in _along(sweep)]
+        memo[key] = max((error for error in errors if error is not None), default=None)
+    return memo[key]
+
+
+def _along(sweep: Sweep) -> Iterator[Point]:
+    """One point in each of those steps, with the objective in the step's modes."""
+    trajectory, replayer, last = sweep.run.trajectory, sweep.replayer, sweep.stop - 1
+    modes = {frozenset(trajectory.steps[t].modes.items()): t for t in trajectory.checkpoints[::-1] if t <= last}
+    wanted = sorted({min(1, last), last // 2, last, *(t for t in modes.values() if t > 0)})
+    for step in sorted({min(t, trajectory.nearest(t) + _AHEAD) for t in wanted}):
+        start = trajectory.nearest(step)
+        replayer.restore(trajectory.state(start))
+        for record in trajectory.steps[start:step]:
+            replayer.advance(record)
+        state = replayer.state()
+        gradient = advance(replayer, trajectory.steps[step])
+        points = points_at(sweep, state, gradient)
+        yield max(points, key=lambda point: bool(point.coefficients.any()))  # the first that was not skipped
 
 
 def derivative_error(objective: Objective, point: Point, method: str) -> float | None:
@@ -28,8 +66,19 @@ def derivative_error(objective: Objective, point: Point, method: str) -> float |
     model does not run in float64.
     """
     few = _few(objective, point)
-    found = None if few is None else _error(objective, few, method)
-    return _error(objective, point, method) if found is None else found
+    found = None if few is None else _smooth_error(objective, few, method)
+    return _smooth_error(objective, point, method) if found is None else found
+
+
+def _smooth_error(objective: Objective, point: Point, method: str) -> float | None:
+    """The error with the first step that shows none; the smallest otherwise: a wrong derivative is so at every step."""
+    smallest = None
+    for h in _STEPS:
+        error = _error(objective, point, method, h)
+        if error is None or error <= DERIVATIVES:
+            return error
+        smallest = error if smallest is None else min(error, smallest)
+    return smallest
 
 
 def _few(objective: Objective, point: Point) -> Point | None:
@@ -49,7 +98,7 @@ def _few(objective: Objective, point: Point) -> Point | None:
         return None
 
 
-def _error(objective: Objective, point: Point, method: str) -> float | None:
+def _error(objective: Objective, point: Point, method: str, h: float) -> float | None:
     """See ``derivative_error``."""
     try:
         double = Objective(
@@ -65,9 +114,8 @@ def _error(objective: Objective, point: Point, method: str) -> float | None:
             gam = tuple(v.unsqueeze(0) for v in vector)
             bet = tuple(torch.zeros_like(v).unsqueeze(0) for v in here.carried)
             curved, terms, _ = reference(method, double).products(here, gam, bet)
-            h = 1e-6
             ends = [_first_derivatives(double, here, vector, sign * h) for sign in (1, -1)]
-            buffers = _buffers_error(double, here, vector, method) if here.carried else 0.0
+            buffers = _buffers_error(double, here, vector, method, h) if here.carried else 0.0
     except (RuntimeError, TypeError, NotImplementedError, ValueError, IndexError):
         return None
     pairs = [((ends[0][0] - ends[1][0]) * here.coefficients / (2 * h), terms[0])]
@@ -77,7 +125,7 @@ def _error(objective: Objective, point: Point, method: str) -> float | None:
     return max(buffers, *(float((a - b).norm()) / max(float(a.norm()), 1e-30) for a, b in pairs))
 
 
-def _buffers_error(objective: Objective, point: Point, vector: Vectors, method: str) -> float:
+def _buffers_error(objective: Objective, point: Point, vector: Vectors, method: str, h: float) -> float:
     """As ``derivative_error``, for the buffers: V along random directions, and for ``exact`` g along one of v.
 
     A vector-Jacobian product has no entry to compare with a difference, so numbers are compared: its product with the
@@ -85,7 +133,7 @@ def _buffers_error(objective: Objective, point: Point, vector: Vectors, method: 
     """
     engine, both = reference(method, objective), probe_buffers(point, 2)
     bet, along = tuple(x[:1] for x in both), tuple(x[1] for x in both)
-    gam, h = tuple(v.unsqueeze(0) for v in vector), 1e-6
+    gam = tuple(v.unsqueeze(0) for v in vector)
 
     def paired(a: Vectors | None, b: Vectors) -> float:
         return sum(float((x * y).sum()) for x, y in zip(a or (), b, strict=True))

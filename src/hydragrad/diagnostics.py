@@ -85,7 +85,9 @@ class Diagnostics:
     difference between the replay and a recorded checkpoint (0: bit for bit); ``growth``: largest ||lam_t|| / ||lam_T||
     of any query at any step; ``plan``: what was chosen and why; ``ladder``: finite differences by retraining, step by
     step, ``examples`` the ones they reweighted, ``seed`` their seed; ``derivative_error``: of torch's derivatives of
-    the model against finite differences on one batch, in float64, also without ``check`` (None: it does not run so);
+    the model against finite differences on a few batches, in float64, without ``check`` too (None: it does not run so);
+    ``measurement_error``: of torch's slopes of the measurement likewise, on a few queries (None: it draws random
+    numbers);
     ``gradient_gap``: relative difference between the gradient of the loss as it is differentiated and the training
     step's, on one batch (rounding; more is refused);
     ``growth_by_step``: (step, growth) at some fifty steps, first to last; ``drift_by_checkpoint``: (step, drift) of
@@ -118,6 +120,7 @@ class Diagnostics:
     nondeterminism: str = ""
     half_precision: str = ""
     smoothing: Smoothing | None = None
+    measurement_error: float | None = None
 
     @property
     def summary(self) -> str:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from hydragrad.asked import Asked
 from hydragrad.attribution import Attribution
+from hydragrad.checks import slopes_off
+from hydragrad.derivatives import DERIVATIVES
 from hydragrad.diagnostics import Diagnostics
 from hydragrad.errors import MismatchError, NonFiniteError, StoreError, UnsupportedError, message
 from hydragrad.files import dumps, loads, path_of, reserve, write_atomically, writing
@@ -25,6 +27,7 @@ from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.planning import Plan, plan_sweep
 from hydragrad.run import Run, kept_random_state
 from hydragrad.shapes import Float, Int, in_rows
+from hydragrad.slopes import slope_error
 from hydragrad.trajectory.identity import identity
 from hydragrad.trajectory.moments import forwards
 
@@ -73,6 +76,7 @@ class Hypergradients:
         values = torch.empty(len(self.examples), columns.count, dtype=self.vectors.dtype)
         with kept_random_state():
             end = sweep.end()
+            error = slope_error(asked, end)
             for first in range(0, columns.count, 64):
                 chosen = slice(first, min(first + 64, columns.count))
                 slopes, of_buffers = (
@@ -86,7 +90,10 @@ class Hypergradients:
                     values[:, chosen] -= self.buffers @ of_buffers.T
             measured = columns.collect(asked.values(end))
         seconds = self.diagnostics.seconds + time.perf_counter() - began
-        diagnostics = Diagnostics(**{**vars(self.diagnostics), "seconds": seconds})
+        diagnostics = replace(self.diagnostics, seconds=seconds, measurement_error=error)
+        if error is not None and error > DERIVATIVES:
+            reasons = (*diagnostics.reasons, slopes_off(error))
+            diagnostics = replace(diagnostics, verdict="doubtful", reasons=reasons)
         return Attribution(
             values,
             self.examples,

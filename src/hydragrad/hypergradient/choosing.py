@@ -144,7 +144,7 @@ def _probe_point(sweep: Sweep) -> tuple[Point, float, float]:
         _check_buffers(sweep, starts)
     if not known or record.random:  # a step that draws leaves its random states with the replayer
         seconds = seconds_of(step, replayer.device, repeats=2)
-    points = _points_at(sweep, state, gradient)
+    points = points_at(sweep, state, gradient)
     if not known:
         check_embeddings(sweep.objective, points[0])
         flowing = {name: g for name, g in gradient.items() if name not in record.frozen}
@@ -153,7 +153,7 @@ def _probe_point(sweep: Sweep) -> tuple[Point, float, float]:
     return max(points, key=lambda point: bool(point.coefficients.any())), replay, gap  # the first that was not skipped
 
 
-def _points_at(sweep: Sweep, state: State, gradient: dict[str, Tensor]) -> list[Point]:
+def points_at(sweep: Sweep, state: State, gradient: dict[str, Tensor]) -> list[Point]:
     """The points of the step from ``state``, which the replayer took last."""
     replayer, record = sweep.replayer, sweep.run.trajectory.steps[state.step]
     batches = [*replayer.batches(record), *replayer.passed(record)]
@@ -172,7 +172,7 @@ def _check_buffers(sweep: Sweep, starts: list[int]) -> None:
         replayer.restore(state)
         gradient = advance(replayer, steps[start])
         left = replayer.state(slots=False).buffers
-        last = _points_at(sweep, state, gradient)[-1]
+        last = points_at(sweep, state, gradient)[-1]
         check_buffers(sweep.objective, last, state.buffers, left, sweep.gap_limit, sweep.run.half_precision)
 
 

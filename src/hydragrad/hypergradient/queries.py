@@ -1,5 +1,6 @@
 """The queries: what is measured of a trained model, and its sensitivity to the parameters."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -7,6 +8,8 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 from hydragrad.copying import copy_of
 from hydragrad.errors import HydragradError, MismatchError, NonFiniteError, message
@@ -157,8 +160,25 @@ class Queries:
         )
         self._source = BatchSource(data, problem.collate, device, mode)
         self._steady = False
+        self._double = False
         self._together = 1 if mode == "index" else _TOGETHER
         self._alone = False
+
+    def doubled(self) -> "Queries":
+        """The same in float64: model, states and queries. What the measurement itself brings along stays as it is."""
+        other, own = copy.copy(self), self._objective
+        other._objective = Objective(own.problem, copy_of(own.module).double(), own.names, own.carried)
+        other._double = True
+        return other
+
+    def functions(self, state: State, ids: Tensor) -> Iterator[tuple[Callable[[Vectors], Tensor], Vectors]]:
+        """For a few of these queries at a time: m [n] as a function of parameters and buffers, and those of the state.
+
+        To be called while the iteration is at them: within, torch uses the kernels that have derivatives.
+        """
+        for part, measure, at in self._batches(state, ids):
+            with self._objective.differentiable(), _measuring(part):
+                yield measure, at
 
     def values(self, state: State) -> Tensor:
         """M [M] at a state."""
@@ -220,9 +240,11 @@ class Queries:
         at = tuple(state.params[name] for name in names) + tuple(state.buffers[name] for name in carried)
         known, count = {*names, *carried}, len(names)
         rest = {name: x for name, x in {**state.params, **state.buffers}.items() if name not in known}
+        if self._double:
+            at, rest = in_double(at), in_double(rest)
         for part in ids.split(self._together):
             with _measuring(part):
-                batch = self._fetched(part)
+                batch = in_double(self._fetched(part)) if self._double else self._fetched(part)
 
             def measure(at: Vectors, batch: Any = batch, part: Tensor = part) -> Tensor:
                 return _checked(self._objective.losses(at[:count], rest, batch, at[count:]), len(part))
@@ -246,6 +268,11 @@ class Queries:
                 )
             self._steady = True
         return batch
+
+
+def in_double(values: Any) -> Any:
+    """Float tensors in a batch, or anything nested, as float64."""
+    return pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, values)
 
 
 def pulled_back(function: Callable[[Vectors], Tensor], params: Vectors, cotangents: Tensor) -> Vectors:
@@ -290,7 +317,16 @@ def _evaluation(model: nn.Module) -> nn.Module:
 
 
 def length_of(data: Any) -> int:
-    """How many queries there are; refused for what has no length."""
+    """How many queries there are; refused for what has no length, and for a loader."""
+    if isinstance(data, DataLoader):
+        raise MismatchError(
+            message(
+                "the queries are a loader",
+                expected="a data set or list of samples: __len__ and __getitem__",
+                got=type(data).__name__,
+                remedy="give the data set (loader.dataset), not the loader",
+            )
+        )
     try:
         return len(data)
     except TypeError as error:

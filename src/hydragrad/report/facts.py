@@ -91,6 +91,8 @@ def checks_of(about: Diagnostics) -> list[tuple[str, str, str]]:
             rows.append(("correlation there", f"{found.correlation:.2f}", meaning))
     if about.derivative_error is not None:
         rows.append(("derivative error", number(about.derivative_error), "of torch's derivatives, in float64"))
+    if about.measurement_error is not None:
+        rows.append(("slope error", number(about.measurement_error), "of torch's slopes of the queries' measurement"))
     if about.gradient_gap is not None:
         rows.append(("gradient gap", number(about.gradient_gap), "between the differentiated and the trained loss"))
     if about.nondeterminism:
