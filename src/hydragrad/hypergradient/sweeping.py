@@ -17,6 +17,7 @@ from hydragrad.step.known import ships, update_of
 from hydragrad.step.objective import Objective
 from hydragrad.step.optimizer_map import OptimizerMap
 from hydragrad.step.plain_forms import hooked
+from hydragrad.trajectory.ending import refuse_moved_on
 from hydragrad.trajectory.finite import check_finite
 from hydragrad.trajectory.replay import Replayer
 from hydragrad.trajectory.reweighted import Reweighted
@@ -44,6 +45,8 @@ class Sweep:
     @staticmethod
     def of(run: Run, step: int | None = None, *, tokens: bool = False, drift_tolerance: float | None = None) -> "Sweep":
         """Raises UnsupportedError for what cannot be differentiated (yet), naming it."""
+        if step is None:
+            refuse_moved_on(run.trajectory)
         stop = run.num_steps if step is None else step
         manifest = run.trajectory.manifest
         if not 1 <= stop <= run.num_steps:
