@@ -76,7 +76,7 @@ class Hypergradients:
             for first in range(0, columns.count, 64):
                 chosen = slice(first, min(first + 64, columns.count))
                 slopes, of_buffers = (
-                    torch.cat([x.flatten(1).cpu() for x in part], dim=1) if part else None
+                    torch.cat([x.unsqueeze(-1).flatten(1).cpu() for x in part], dim=1) if part else None
                     for part in asked.sensitivities(end, columns, chosen)
                 )
                 assert slopes is not None

@@ -41,11 +41,11 @@ class Tangents:
 
     def flat(self) -> Tensor:
         """H as ``[n, P]``."""
-        return torch.cat([h.flatten(1) for h in self.h], dim=1)
+        return torch.cat([h.unsqueeze(-1).flatten(1) for h in self.h], dim=1)
 
     def flat_buffers(self) -> Tensor:
         """Y as ``[n, Q]``, Q the numbers in all carried buffers."""
-        return torch.cat([self.h[0].new_empty(len(self.h[0]), 0), *(y.flatten(1) for y in self.y)], dim=1)
+        return torch.cat([self.h[0].new_empty(len(self.h[0]), 0), *(y.unsqueeze(-1).flatten(1) for y in self.y)], dim=1)
 
 
 def forward_sweep(
