@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hydragrad.errors import MismatchError, message
 from hydragrad.problem import Coefficients, Loss, Penalty, Problem, Reduction
 from hydragrad.trajectory.binding import check_data, check_model, choose_collate, choose_reduction
+from hydragrad.trajectory.ending import refuse_moved_on
 from hydragrad.trajectory.finite import check_finite
 from hydragrad.trajectory.hidden import Glance, refuse_hidden_state
 from hydragrad.trajectory.ordering import LOOKED_AT
@@ -110,8 +111,10 @@ class Run:
 
         ``weights`` [N]: 1 = as trained, 0 = removed (its loss counts nothing; batches and denominators stay). Without
         weights every step is compared with the record. Raises MismatchError, NonFiniteError (naming the first step and
-        tensor that are not finite).
+        tensor that are not finite), UnsupportedError for the end of a run whose buffers changed after its last step.
         """
+        if until is None:
+            refuse_moved_on(self.trajectory)
         stop = self._checked_step(self.num_steps if until is None else until)
         replayer = self.replayer(check=True)
         if weights is not None:

@@ -6,6 +6,7 @@ from typing import final
 from hydragrad.errors import MismatchError, NonFiniteError
 from hydragrad.run import Run, kept_random_state
 from hydragrad.trajectory.agreement import state_difference, tolerance
+from hydragrad.trajectory.ending import moved_on
 from hydragrad.trajectory.explaining import explain_state
 from hydragrad.trajectory.finite import check_finite
 from hydragrad.trajectory.repeating import Nondeterminism, repeated
@@ -19,8 +20,9 @@ from hydragrad.trajectory.surroundings import differing
 class Verification:
     """What ``verify`` found; true if ``ok``.
 
-    ``exact``: every gradient and checkpoint was equal bit for bit; ``drift``: checkpoint step -> largest relative
-    difference of a tensor; ``first_difference``: the first step whose gradient (or data) differed;
+    ``exact``: every gradient and checkpoint was equal bit for bit, and no buffer changed after the last step;
+    ``drift``: checkpoint step -> largest relative difference of a tensor; ``first_difference``: the first step whose
+    gradient (or data) differed;
     ``nondeterminism``: what differs when that step is repeated (None: nothing, or no need to look); ``reasons``: words.
     """
 
@@ -96,11 +98,14 @@ def verify(run: Run) -> Verification:
         check_finite(replayer.state(), replayer, run.trajectory)
     except NonFiniteError as error:
         reasons.append(f"the run itself is not finite: {error}")
+    ended = moved_on(run.trajectory)
+    reasons += [ended] if ended else []
     for step, dropped in run.trajectory.resumptions:
         reasons.append(f"the recording was gone on with at step {step}; {dropped} recorded steps after it were dropped")
     if not run.trajectory.complete:
         reasons.append(f"the recording is incomplete ({run.trajectory.reason}): {run.num_steps} steps were kept")
-    return Verification(done == run.num_steps and not apart, exact, done, drift, first, tuple(reasons), unsteady)
+    ok, exact = done == run.num_steps and not apart and not ended, exact and not ended
+    return Verification(ok, exact, done, drift, first, tuple(reasons), unsteady)
 
 
 def repeated_step(run: Run, step: int) -> Nondeterminism | None:

@@ -152,7 +152,10 @@ def test_runs_that_stopped_anywhere_go_on_and_end_bit_for_bit_the_same(kind: str
         assert content(folder) == expected
         assert Trajectory(folder).resumptions == ((where.step, where.dropped),)
         found = verify(bound(folder, kind))
-        assert found.exact, found
+        # Of "accumulated" the last batch is left over: it moved running statistics after the last step.
+        assert found.exact == (kind != "accumulated"), found
+        assert found.first_difference is None
+        assert not any(found.drift.values())
         assert any(f"gone on with at step {where.step}" in reason for reason in found.reasons)
 
 

@@ -20,6 +20,7 @@ from hydragrad.run import Run
 from hydragrad.shapes import in_rows
 from hydragrad.step.objective import Objective, Point, Vectors
 from hydragrad.trajectory.batches import BatchSource
+from hydragrad.trajectory.ending import refuse_moved_on
 from hydragrad.trajectory.identity import identity
 from hydragrad.trajectory.state import State
 
@@ -74,6 +75,7 @@ class Setting:
 
     def end(self) -> State:
         """The trained model: the state after the last recorded step."""
+        refuse_moved_on(self.run.trajectory)
         return self.placed(next(self.run.states(self.run.num_steps, self.run.num_steps + 1)))
 
     def placed(self, state: State) -> State:

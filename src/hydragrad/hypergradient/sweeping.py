@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hydragrad.copying import copy_of
 from hydragrad.errors import UnsupportedError, message
+from hydragrad.hypergradient.changing import changed_buffers, go_to
 from hydragrad.hypergradient.consistency import HALF_PRECISION
 from hydragrad.hypergradient.formulas import check_update
 from hydragrad.run import Run
@@ -17,6 +18,7 @@ from hydragrad.step.known import ships, update_of
 from hydragrad.step.objective import Objective
 from hydragrad.step.optimizer_map import OptimizerMap
 from hydragrad.step.plain_forms import hooked
+from hydragrad.trajectory.ending import refuse_moved_on
 from hydragrad.trajectory.finite import check_finite
 from hydragrad.trajectory.replay import Replayer
 from hydragrad.trajectory.reweighted import Reweighted
@@ -44,6 +46,8 @@ class Sweep:
     @staticmethod
     def of(run: Run, step: int | None = None, *, tokens: bool = False, drift_tolerance: float | None = None) -> "Sweep":
         """Raises UnsupportedError for what cannot be differentiated (yet), naming it."""
+        if step is None:
+            refuse_moved_on(run.trajectory)
         stop = run.num_steps if step is None else step
         manifest = run.trajectory.manifest
         if not 1 <= stop <= run.num_steps:
@@ -60,6 +64,7 @@ class Sweep:
         trained = [name for name in manifest.params if name in grouped and name not in idle]
         replayer = run.replayer(check=True)
         carried, counters = changed_buffers(run, replayer, stop)
+        replayer.constants = frozenset(manifest.buffers) - {*carried, *counters}
         key = ("objective", tuple(trained), carried, counters)
         if key not in run.memo:
             run.memo[key] = Objective(run.problem, copy_of(run.problem.model), trained, carried, counters)
@@ -106,7 +111,7 @@ class Sweep:
 
     def end(self) -> State:
         """The state that is asked about, step ``stop``, on the device; refused unless its parameters are finite."""
-        state = _state_at(self.run, self.replayer, self.stop)
+        state = go_to(self.run.trajectory, self.replayer, self.stop)
         check_finite(state, self.replayer, self.run.trajectory)
         return state
 
@@ -195,22 +200,3 @@ class Way:
 
     trajectory: Trajectory | Reweighted
     end: State
-
-
-def changed_buffers(run: Run, replayer: Replayer, stop: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the buffers that training changed before step ``stop``: float ones, which carry derivatives; others."""
-    first = run.trajectory.state(0).buffers
-    last = _state_at(run, replayer, stop).buffers if first else {}
-    names = [name for name in run.trajectory.manifest.buffers if name in first]  # in the model's order
-    changed = [name for name in names if not torch.equal(first[name].cpu(), last[name].cpu())]
-    carried = tuple(name for name in changed if first[name].is_floating_point())
-    return carried, tuple(name for name in changed if name not in carried)
-
-
-def _state_at(run: Run, replayer: Replayer, step: int) -> State:
-    trajectory = run.trajectory
-    start = trajectory.nearest(step)
-    replayer.restore(trajectory.state(start))
-    for record in trajectory.steps[start:step]:
-        replayer.advance(record)
-    return replayer.state()

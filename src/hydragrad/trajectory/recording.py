@@ -151,7 +151,10 @@ class Recording:
         """Write what is left and how the run ended; where that fails, what was written before stands, and is read."""
         assert self._segments is not None
         failed = self._segments.settle()
-        torn = self._taken is not None or (bool(self._now.batches) and bool(self._buffers))
+        self._end_batch()  # of a loop that was left by `break`
+        pending = (*self._now.skipped, *self._now.batches)
+        ran_on = any(batch.ran is not None and batch.ran.modes is not None for batch in pending)
+        torn = self._taken is not None or (bool(self._now.batches) and bool(self._buffers)) or ran_on
         try:
             self._segments.end(None if torn else self._capture())
         except StoreError as refused:
@@ -159,9 +162,10 @@ class Recording:
         reason = (
             f"{kind.__name__}: {error}" if kind is not None else f"{type(failed).__name__}: {failed}" if failed else ""
         )
-        leftover = [batch.ids.tolist() for batch in (*self._now.skipped, *self._now.batches)]
+        leftover = [batch.ids.tolist() for batch in pending]
         try:
-            writer.finish(complete=not reason, reason=reason, skipped=leftover)
+            moved = ran_on or self._watch.moved_since()
+            writer.finish(complete=not reason, reason=reason, skipped=leftover, moved=moved)
         except StoreError as refused:
             failed = failed or refused
         if failed is not None and kind is None:

@@ -24,6 +24,7 @@ from hydragrad.trajectory.state import Hyper, State, StepRecord, capture_state, 
 from hydragrad.trajectory.store import Trajectory
 from hydragrad.trajectory.surroundings import differing
 from hydragrad.trajectory.watching import autocast_as
+from hydragrad.trajectory.writes import Writes, refuse_written
 
 
 def check_weights(weights: Tensor, length: int) -> Tensor:
@@ -55,7 +56,7 @@ class Replayer:
     ``random``: the state from which each micro-batch of the last step drew, then each skipped batch (``passes``), None
     where it drew nothing; ``raw``: its gradient by name as the loss gave it, kept where clipping or the update may
     write into it, else None. Random numbers are those of the recording, also with weights, and the caller's
-    generators are left alone.
+    generators are left alone. ``constants``: names of buffers to which no step may write (UnsupportedError).
     Example: ``r = Replayer(problem, trajectory); r.restore(trajectory.state(0)); r.advance(trajectory.steps[0])``.
     """
 
@@ -66,6 +67,7 @@ class Replayer:
         self.differences: dict[int, float] = {}
         self.random: tuple[RandomState | None, ...] = ()
         self.raw: dict[str, Tensor] | None = None
+        self.constants: frozenset[str] = frozenset()
         self._problem, self._trajectory, self.checks = problem, trajectory, check
         self._params = dict(self.module.named_parameters())
         self._buffers = dict(self.module.named_buffers())
@@ -174,6 +176,7 @@ class Replayer:
             check_weights(weights, len(self._problem.data))
             self._checked_weights = weights
         self._follow(step)
+        before = Writes(self.module) if self.constants else None
         for param in self._params.values():
             param.grad = None
         random, passed = list[RandomState | None](), list[RandomState | None]()
@@ -189,6 +192,8 @@ class Replayer:
             random.append(start)
         passed += self._pass_by(step, len(step.batches))
         self.random = (*random, *passed)
+        if before is not None:
+            refuse_written(before.since() & self.constants, step.index)
         for param in self._trained:
             if param.grad is None:  # unreached now, yet the recorded gradient was zeros and took part in the step
                 param.grad = torch.zeros_like(param)

@@ -54,6 +54,8 @@ class Trajectory:
         """Of the journal: those that were read."""
         self.trailing: list[list[int]] = last["skipped"] if last.get("end") else []
         """Ids of the batches after the last step."""
+        self.moved: bool = self.complete and last.get("moved", False)
+        """Whether buffers changed after the last step: the trained model is not the one that the steps lead to."""
         self.identity: str = sha256(described + written)
         """What tells this run, as far as it was recorded, from every other."""
         self._states: dict[int, FileRef] = {}

@@ -86,7 +86,8 @@ def check_entries(entries: list[Entry], path: Path) -> None:
             refuse(f"line {number} to go on from step {reached}", entry)
         if "end" in entry:
             types_ = {"end": bool, "complete": bool, "reason": str, "skipped": list[list[int]]}
-            if number == 1 or stop != reached or not all(fits(entry.get(k), hint) for k, hint in types_.items()):
+            said = all(fits(entry.get(k), hint) for k, hint in types_.items()) and fits(entry.get("moved", True), bool)
+            if number == 1 or stop != reached or not said:
                 refuse(f"line {number} to say how the run ended at step {reached}", entry)
             continue
         if not {"steps", "checkpoint"} <= set(entry) or entry.get("start") != reached:

@@ -110,6 +110,7 @@ class ModelWatch:
         self._holders = [part for part in plain.modules() if part._buffers]
         self._autocast: Autocast | None = None
         self._versions: list[tuple[int, int]] = []
+        self._left: list[tuple[int, int]] | None = None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -138,10 +139,15 @@ class ModelWatch:
 
     def end(self) -> Ran:
         """It ended."""
-        moved = bool(self._holders) and self._version() != self._versions
+        self._left = self._version() if self._holders else []
+        moved = self._left != self._versions
         if not moved and self._autocast is None:
             return _PLAINLY
         return Ran(self._autocast, self._modes.now() if moved else None)
+
+    def moved_since(self) -> bool:
+        """Whether buffers were written to after the last batch ended."""
+        return self._left is not None and bool(self._holders) and self._version() != self._left
 
     def _version(self) -> list[tuple[int, int]]:
         """Changes when a buffer is written to, or another tensor takes its place."""

@@ -157,8 +157,11 @@ class StoreWriter:
                 for step in dropped:
                     (self.folder / _checkpoint_name(step)).unlink(missing_ok=True)
 
-    def finish(self, *, complete: bool, reason: str, skipped: list[list[int]]) -> None:
-        """The journal's last line: whether the block ended normally or why not, and batches after the last step."""
+    def finish(self, *, complete: bool, reason: str, skipped: list[list[int]], moved: bool) -> None:
+        """The journal's last line: whether the block ended normally or why not, and batches after the last step.
+
+        ``moved``: buffers of the model were changed after the last step, so that it is not the model of that step.
+        """
         failed: StoreError | None = None
         try:
             for name in self._in_memory:
@@ -167,6 +170,7 @@ class StoreWriter:
         except StoreError as refused:
             complete, reason, failed = False, reason or f"{type(refused).__name__}: {refused}", refused
         entry = {"end": True, "complete": complete, "reason": reason, "stop": self._written, "skipped": skipped}
+        entry |= {"moved": True} if moved else {}
         self._append(entry, durable=True)
         if failed is not None:
             raise failed
