@@ -29,10 +29,11 @@ def slope_error(queries: Queries, state: State) -> float | None:
     """
     chosen = torch.linspace(0, queries.count - 1, min(_FEW, queries.count)).long()
     with torch.enable_grad(), undisturbed():
-        try:
-            slopes = _compared(queries.doubled(), state, chosen, torch.float64)
-        except (HydragradError, RuntimeError, TypeError, NotImplementedError, ValueError, IndexError):
-            slopes = _compared(queries, state, chosen, next(iter(state.params.values())).dtype)
+        slopes = _tried(queries.doubled(), state, chosen, torch.float64)
+        if slopes is None:
+            slopes = _tried(queries, state, chosen, next(iter(state.params.values())).dtype)
+        if slopes is None:  # the sweep meets what fails here too, and says it in words
+            return None
         if slopes.flat and _flat(queries, state):
             raise MismatchError(_constant(queries.count))
     return slopes.error
@@ -45,6 +46,25 @@ class _Compared:
 
     error: float | None
     flat: bool
+
+
+def _tried(queries: Queries, state: State, chosen: Tensor, dtype: torch.dtype) -> _Compared | None:
+    """As ``_compared``; None where the measurement does not run so."""
+    try:
+        return _compared(queries, state, chosen, dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        HydragradError,
+        RuntimeError,
+        TypeError,
+        NotImplementedError,
+        ValueError,
+        IndexError,
+        KeyError,
+        AttributeError,
+    ):
+        return None
 
 
 def _compared(queries: Queries, state: State, chosen: Tensor, dtype: torch.dtype) -> _Compared:
