@@ -255,7 +255,7 @@ def test_vectors_of_a_diverged_run(tmp_path):
 
 @pytest.mark.parametrize("lazy", [lambda: (q for q in QUERIES), lambda: iter(QUERIES)], ids=["generator", "iterator"])
 def test_queries_without_a_length(run, lazy):
-    words = ("no length", "Expected: ", "__len__", "Got: ", "Remedy: give the data set itself")
+    words = ("no data set", "Expected: ", "__len__", "Got: ", "Remedy: give the data set (loader.dataset)")
     with refused(hg.MismatchError, *words):
         hg.attribute(run, lazy())
     with refused(hg.MismatchError, *words):
@@ -263,7 +263,7 @@ def test_queries_without_a_length(run, lazy):
 
 
 def test_a_plan_for_queries_without_a_length(run):
-    with refused(hg.MismatchError, "no length", "Expected: ", "__len__", "Got: ", "Remedy: "):
+    with refused(hg.MismatchError, "no data set", "Expected: ", "__len__", "Got: ", "Remedy: "):
         hg.plan(run, (q for q in QUERIES))
 
 

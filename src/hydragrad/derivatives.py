@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hydragrad.copying import copy_of
+from hydragrad.hypergradient.changing import go_to
 from hydragrad.hypergradient.choosing import points_at
 from hydragrad.hypergradient.costs import probe_block, probe_buffers
 from hydragrad.hypergradient.curvature import zeros
 from hydragrad.hypergradient.engines import reference
+from hydragrad.hypergradient.queries import in_double
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.step.objective import Objective, Point, Vectors
 from hydragrad.trajectory.moments import advance
@@ -47,11 +48,7 @@ def _along(sweep: Sweep) -> Iterator[Point]:
     modes = {frozenset(trajectory.steps[t].modes.items()): t for t in trajectory.checkpoints[::-1] if t <= last}
     wanted = sorted({min(1, last), last // 2, last, *(t for t in modes.values() if t > 0)})
     for step in sorted({min(t, trajectory.nearest(t) + _AHEAD) for t in wanted}):
-        start = trajectory.nearest(step)
-        replayer.restore(trajectory.state(start))
-        for record in trajectory.steps[start:step]:
-            replayer.advance(record)
-        state = replayer.state()
+        state = go_to(trajectory, replayer, step)
         gradient = advance(replayer, trajectory.steps[step])
         points = points_at(sweep, state, gradient)
         yield max(points, key=lambda point: bool(point.coefficients.any()))  # the first that was not skipped
@@ -108,7 +105,7 @@ def _error(objective: Objective, point: Point, method: str, h: float) -> float |
             objective.carried,
             objective.counters,
         )
-        here = Point(*(pytree.tree_map(_doubled, getattr(point, field.name)) for field in fields(Point)))
+        here = Point(*(in_double(getattr(point, field.name)) for field in fields(Point)))
         vector = tuple(v / len(v) ** 0.5 for v in (x[0] for x in probe_block(here, 1)))
         with double.differentiable():
             gam = tuple(v.unsqueeze(0) for v in vector)
@@ -163,10 +160,6 @@ def _moved(objective: Objective, point: Point, vector: Vectors, along: Vectors, 
         losses, after = objective.evaluate(params, point.rest, point.batch, carried, point.draws)
         scalar = (point.coefficients * point.weights * losses).sum()
         return torch.autograd.grad(scalar, params, materialize_grads=True), tuple(v.detach() for v in after)
-
-
-def _doubled(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _first_derivatives(objective: Objective, point: Point, vector: Vectors, h: float) -> tuple[Tensor, Vectors]:

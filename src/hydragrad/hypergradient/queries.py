@@ -317,27 +317,17 @@ def _evaluation(model: nn.Module) -> nn.Module:
 
 
 def length_of(data: Any) -> int:
-    """How many queries there are; refused for what has no length, and for a loader."""
-    if isinstance(data, DataLoader):
+    """How many queries there are; refused for what is no data set: a loader, an iterator."""
+    if isinstance(data, DataLoader) or not hasattr(data, "__len__"):
         raise MismatchError(
             message(
-                "the queries are a loader",
+                "the queries are no data set",
                 expected="a data set or list of samples: __len__ and __getitem__",
                 got=type(data).__name__,
-                remedy="give the data set (loader.dataset), not the loader",
+                remedy="give the data set (loader.dataset), not the loader or an iterator",
             )
         )
-    try:
-        return len(data)
-    except TypeError as error:
-        raise MismatchError(
-            message(
-                "the queries have no length",
-                expected="a data set or list of samples: __len__ and __getitem__",
-                got=type(data).__name__,
-                remedy="give the data set itself, not a loader or an iterator",
-            )
-        ) from error
+    return len(data)
 
 
 def _checked(measured: Tensor, queries: int) -> Tensor:
