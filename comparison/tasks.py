@@ -25,7 +25,7 @@ class Spec:
 
     `sets(queries)`: training data and queries, None where the data is absent; `removed`: examples left out one by one
     (0: nothing is retrained, cost alone is measured); `subsets`: retrained per fraction for LDS; `classes`: 0 where
-    labels cannot be flipped; `smoothing`: runs of which `smoothed` is the mean, fewer where each takes long.
+    labels cannot be flipped; `smoothing`: runs of which `smoothed` is the mean.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Spec:
     removed: int = 40
     subsets: int = 32
     dtype: str = "float32"
-    smoothing: int = 16
+    smoothing: int = 8
 
     def record(self, folder: Path, seed: int, flipped: bool) -> bool:
         """Train, record, write the exchange folder; False where the data is absent or labels cannot be flipped."""
@@ -156,19 +156,19 @@ TASKS = {
         ),
         Spec(
             "fashion-lenet", "lenet", "classification", "sgd", {"lr": 0.02, "momentum": 0.9}, 64, 5,
-            _images("fashion_mnist.npz", 2000), 10, removed=24, subsets=16, smoothing=4,
+            _images("fashion_mnist.npz", 2000), 10, removed=24, subsets=16,
         ),
         Spec(
             "fashion-lenet-tanh", "lenet-tanh", "classification", "sgd", {"lr": 0.02, "momentum": 0.9}, 64, 5,
-            _images("fashion_mnist.npz", 2000), 10, removed=24, subsets=16, smoothing=4,
+            _images("fashion_mnist.npz", 2000), 10, removed=24, subsets=16,
         ),
         Spec(
             "cifar-batchnorm", "batchnorm-cnn", "classification", "sgd", {"lr": 0.01, "momentum": 0.9}, 64, 5,
-            _images("cifar10_6k.npz", 1000), 10, removed=24, subsets=16, smoothing=4,
+            _images("cifar10_6k.npz", 1000), 10, removed=24, subsets=16,
         ),
         Spec(
             "moby-transformer", "transformer", "next-character", "adamw", {"lr": 3e-3, "weight_decay": 0.01}, 32, 8,
-            _moby_dick, 0, removed=24, subsets=16, smoothing=4,
+            _moby_dick, 0, removed=24, subsets=16,
         ),
     )
 }  # fmt: skip

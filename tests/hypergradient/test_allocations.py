@@ -1,5 +1,7 @@
 """Counting allocations: by hand on plain operations, and what a plan predicts against what a sweep allocates."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import hydragrad as hg
 from hydragrad import attributing, planning
-from hydragrad.hypergradient import choosing
+from hydragrad.hypergradient import allocations, choosing, rehearsing
 from hydragrad.hypergradient.allocations import Allocations
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.trajectory.state import State
@@ -123,6 +125,7 @@ def test_a_plan_predicts_what_a_sweep_allocates(
 
     monkeypatch.setattr(planning, "choose", choose)
     monkeypatch.setattr(attributing, "plan_sweep", noted)
+    monkeypatch.setattr(allocations, "resident", lambda: 0)  # as where it cannot be read: what is allocated alone
     counted_loads(monkeypatch)
     queries = [(torch.rand(64, dtype=dtype), torch.tensor(j % 10)) for j in range(QUERIES)]
     memory = None if tight is None else int(tight * least_memory(run, QUERIES, method))
@@ -132,3 +135,38 @@ def test_a_plan_predicts_what_a_sweep_allocates(
     (plan,) = plans
     assert plan.peak_bytes <= plan.budget
     assert plan.peak_bytes == pytest.approx(counted.peak, rel=allowed), f"{plan.peak_bytes / counted.peak:.2f} {plan}"
+
+
+def test_resident_memory_is_seen_to_rise_and_free_memory_is_given_back_before() -> None:
+    size = 40 * 2**20
+    with Allocations() as counted:
+        whole = torch.ones(size // 4)
+        del whole
+    assert counted.peak == size
+    assert size * 0.95 < counted.risen < size * 1.3
+    with Allocations() as again:
+        torch.ones(size // 4)
+    assert size * 0.95 < again.risen < size * 1.3  # although as much was free
+
+
+def test_a_plan_counts_what_a_heap_holds_beyond_the_tensors(run: hg.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resident memory that stands 1 GiB above what it was, in place of the process's own."""
+    queries = [(torch.rand(64), torch.tensor(j % 10)) for j in range(QUERIES)]
+    height = 2**30
+    above: Iterator[int] = iter(())
+
+    def given_back() -> None:
+        nonlocal above
+        above = itertools.chain([0], itertools.repeat(height))
+
+    def planned() -> int:
+        run.memo.clear()
+        return hg.plan(run, len(queries), "exact", block=BLOCK, compile=False).peak_bytes
+
+    monkeypatch.setattr(rehearsing, "SHARE", 5.0)  # as a long sweep is rehearsed
+    monkeypatch.setattr(allocations, "resident", lambda: 0)
+    plain = planned()
+    monkeypatch.setattr(allocations, "give_back", given_back)
+    monkeypatch.setattr(allocations, "resident", lambda: next(above))
+    work = height // 10  # what the passes themselves hold is far less
+    assert height - work < planned() - plain <= height

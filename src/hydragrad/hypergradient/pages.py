@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import mmap
 import platform
 from collections.abc import Iterator
 
@@ -29,4 +30,19 @@ def kept_pages() -> Iterator[None]:
     finally:
         libc.mallopt(_TOP_PAD, 128 * 2**10)
         libc.mallopt(_TRIM_THRESHOLD, 2 * _ADAPTIVE)
-        libc.malloc_trim(0)
+        give_back()
+
+
+def give_back() -> None:
+    """Let the system have what glibc's malloc holds free; nothing on other platforms."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory; 0 where that cannot be read."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except (OSError, ValueError, IndexError):
+        return 0

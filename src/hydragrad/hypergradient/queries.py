@@ -23,7 +23,7 @@ from hydragrad.trajectory.digests import batch_digests
 from hydragrad.trajectory.randomness import undisturbed
 from hydragrad.trajectory.state import State
 
-_TOGETHER = 16
+_TOGETHER = 8
 """Queries differentiated together: the cost of their gradients grows with the square of this."""
 
 

@@ -25,6 +25,8 @@ STEPS, FEWEST = 16, 3
 """Steps rehearsed at a time, and the fewest that are worth it."""
 ROUNDS = 16
 """How often at most, parts in turns, so that a moment in which the machine is slow spoils a few laps of each."""
+SETTLED, OWN = 4, 16 * 2**20
+"""Passes after which a heap is about as torn as it gets; bytes by which the interpreter alone may grow meanwhile."""
 SHARE, LONGEST = 0.05, 3.0
 """Part of the predicted time that a rehearsal may take, and seconds; shorter sweeps are predicted from products."""
 
@@ -76,10 +78,10 @@ def rehearse(sweep: Sweep, chosen: Chosen, queries: int, memory: int) -> Costs:
     key = (*key, sweep.objective.mode)
     if key not in sweep.run.memo:
         rehearsal = Rehearsal(sweep, chosen, max(steps, 1), quiet_seconds)
-        known = rehearsal.counted(first, counts)
+        seconds = min(SHARE * sweep.stop * (first.advance + queries * first.query), LONGEST)
+        known = rehearsal.counted(first, counts, seconds)
         if steps >= FEWEST:
-            seconds = SHARE * sweep.stop * (first.advance + queries * first.query)
-            known = rehearsal.timed(known, narrow, wide, min(seconds, LONGEST))
+            known = rehearsal.timed(known, narrow, wide, seconds)
         sweep.run.memo[key] = known
     return sweep.run.memo[key]
 
@@ -110,10 +112,10 @@ class Rehearsal:
         self._load = max(clock() - began, 0.0)
         self._stop = min(first + steps, sweep.stop)
 
-    def counted(self, known: Costs, counts: Sequence[int]) -> Costs:
-        """With the bytes of a step that carries so many queries: a block, one, or both."""
+    def counted(self, known: Costs, counts: Sequence[int], seconds: float) -> Costs:
+        """With the bytes of a step that carries so many queries: a block, one, or both; ``seconds`` for each."""
         block = self._chosen.block
-        found = {queries: self._bytes(queries) for queries in counts}
+        found = {queries: self._bytes(queries, seconds) for queries in counts}
         if not all(found.values()):
             return known
         alone = found.get(1, max(-(-found[counts[0]] // block), min(found[counts[0]], known.alone)))
@@ -192,7 +194,7 @@ class Rehearsal:
         laps.extend(b - a for a, b in itertools.pairwise(marks))
         return sum(x.nbytes for x in held)
 
-    def _bytes(self, queries: int) -> int:
+    def _bytes(self, queries: int, seconds: float) -> int:
         """What a step needs beside its moment, its adjoints and what the engine holds; 0 where it cannot be counted."""
         device, chosen = self._sweep.replayer.device, self._chosen
         if device.type != "cuda" and "compiled" in repr(chosen.engine):
@@ -208,8 +210,19 @@ class Rehearsal:
             else:
                 with Allocations() as counted:
                     held = self._back(moments, queries, [])
-                peak = counted.peak
+                peak = counted.peak + self._torn(queries, seconds)
         return max(peak - held - chosen.held, 0)
+
+    def _torn(self, queries: int, seconds: float) -> int:
+        """Resident memory beyond what operations hold: pieces of the heap too small for the next tensor, workspaces."""
+        until = time.perf_counter() + seconds
+        with Allocations() as counted:
+            for _ in range(SETTLED):
+                self._back(self._forth(_Laps()), queries, [])
+                if time.perf_counter() > until:
+                    break
+        torn = counted.risen - counted.peak
+        return torn if torn > OWN else 0
 
     def _now(self) -> float:
         synchronize(self._sweep.replayer.device)

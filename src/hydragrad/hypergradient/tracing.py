@@ -78,6 +78,7 @@ class TracedFunction:
             if not isinstance(graph, Halves):
                 return pytree.tree_unflatten(graph(*tensors), form)
             if at is None or self._kept[0] is not at or self._kept[1] is not graph:
+                self._kept = (None, None, ())  # the last step's make room first: beside them the heap would be torn
                 self._kept = (at, graph, graph.constants(tensors))
             return pytree.tree_unflatten(graph(self._kept[2], tensors), form)
 
