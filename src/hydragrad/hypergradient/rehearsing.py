@@ -77,7 +77,7 @@ def rehearse(sweep: Sweep, chosen: Chosen, queries: int, memory: int) -> Costs:
     key = ("rehearsed", repr(chosen.engine), counts, wide, steps, sweep.stop, sweep.objective.names)
     key = (*key, sweep.objective.mode)
     if key not in sweep.run.memo:
-        rehearsal = Rehearsal(sweep, chosen, max(steps, 1), quiet_seconds)
+        rehearsal = Rehearsal(sweep, chosen, max(steps, 1), room, quiet_seconds)
         seconds = min(SHARE * sweep.stop * (first.advance + queries * first.query), LONGEST)
         known = rehearsal.counted(first, counts, seconds)
         if steps >= FEWEST:
@@ -99,9 +99,12 @@ class _Laps:
 
 @final
 class Rehearsal:
-    """A sweep over the same few recorded steps again and again; ``clock`` tells how long its parts take."""
+    """A sweep over the same few recorded steps again and again; ``clock`` tells how long its parts take.
 
-    def __init__(self, sweep: Sweep, chosen: Chosen, steps: int, clock: Callable[[], float]) -> None:
+    ``room``: states that there is memory for.
+    """
+
+    def __init__(self, sweep: Sweep, chosen: Chosen, steps: int, room: int, clock: Callable[[], float]) -> None:
         self._sweep, self._chosen, self._clock = sweep, chosen, clock
         trajectory = sweep.run.trajectory
         marks = [t for t in trajectory.checkpoints if t < sweep.stop]
@@ -111,6 +114,7 @@ class Rehearsal:
         self._state = trajectory.state(first)
         self._load = max(clock() - began, 0.0)
         self._stop = min(first + steps, sweep.stop)
+        self._whole = max(self._stop, min([t for t in (*marks, sweep.stop) if t > first][0], first + room))
 
     def counted(self, known: Costs, counts: Sequence[int], seconds: float) -> Costs:
         """With the bytes of a step that carries so many queries: a block, one, or both; ``seconds`` for each."""
@@ -149,11 +153,11 @@ class Rehearsal:
         if wide > narrow:
             self._back(self._forth(laps), wide, laps.wide)
 
-    def _forth(self, laps: _Laps) -> list[Revisited]:
-        """The steps taken, with the states and gradients that a sweep keeps."""
+    def _forth(self, laps: _Laps, stop: int | None = None) -> list[Revisited]:
+        """The steps taken (None: those rehearsed), with the states and gradients that a sweep keeps."""
         replayer, moments = self._sweep.replayer, list[Revisited]()
         replayer.restore(self._state)
-        for record in self._sweep.run.trajectory.steps[self._state.step : self._stop]:
+        for record in self._sweep.run.trajectory.steps[self._state.step : stop or self._stop]:
             at = [self._now()]
             before = replayer.state(slots=not self._sweep.optimizer.update.linear)
             at.append(self._now())
@@ -215,10 +219,12 @@ class Rehearsal:
 
     def _torn(self, queries: int, seconds: float) -> int:
         """Resident memory beyond what operations hold: pieces of the heap too small for the next tensor, workspaces."""
-        until = time.perf_counter() + seconds
+        until, steps = time.perf_counter() + seconds, self._stop - self._state.step
         with Allocations() as counted:
             for _ in range(SETTLED):
-                self._back(self._forth(_Laps()), queries, [])
+                moments = self._forth(_Laps(), self._whole)  # states that stay tear most, as many as a sweep keeps
+                self._back(moments[-steps:], queries, [])
+                del moments
                 if time.perf_counter() > until:
                     break
         torn = counted.risen - counted.peak
