@@ -3,9 +3,9 @@
 `python -m benchmarks.scale` trains an MLP of 987,210 parameters for 20,000 steps on Fashion-MNIST (or, where that is
 absent, on digits scaled up to its size), records it, opens the record, plans, attributes (`--queries 1 4 8` for several
 numbers of queries), and prints predicted over measured. Every attribution is measured in a process of its own, by the
-peak of its resident memory, and by two clocks: the wall's, and one that stands while other programs hold the
-processor, which is what a plan predicts. `--tiers` compares budgets on one recorded run: a state for every step, fewer,
-states on disk too.
+peak of its resident memory above what that was before planning, and by two clocks: the wall's, and one that stands
+while other programs hold the processor, which is what a plan predicts. `--tiers` compares budgets on one recorded run:
+a state for every step, fewer, states on disk too.
 `--others` measures digits (360 queries), LeNet-5 and a convolutional network with BatchNorm. Linux only (/proc).
 """
 
@@ -52,6 +52,7 @@ class Row:
     steps: int
     predicted_bytes: int
     measured_bytes: int
+    planning_bytes: int
     resident_bytes: int
     predicted_seconds: float
     quiet_seconds: float
@@ -63,7 +64,8 @@ class Row:
         memory, seconds = self.predicted_bytes / self.measured_bytes, self.predicted_seconds / self.quiet_seconds
         return (
             f"{self.workload:9} {self.method:13} {self.queries:4} queries, {self.steps:6} steps: "
-            f"memory {self.predicted_bytes / 1e6:6.0f} / {self.measured_bytes / 1e6:6.0f} MB = {memory:.2f}, "
+            f"memory {self.predicted_bytes / 1e6:6.0f} / {self.measured_bytes / 1e6:6.0f} MB = {memory:.2f} "
+            f"(while planning {self.planning_bytes / 1e6:.0f}), "
             f"time {self.predicted_seconds:7.1f} / {self.quiet_seconds:7.1f} s = {seconds:.2f} "
             f"(by the wall {self.wall_seconds:.1f} s), resident {self.resident_bytes / 1e9:.2f} GB; {self.plan}"
         )
@@ -154,14 +156,15 @@ def measured(
     given: dict[str, Any] = {"method": method, "memory": memory, "disk": disk, "compile": False}
     began = time.perf_counter()
     plan = hg.plan(run, few, **given)
-    planned = time.perf_counter() - began
+    planned, tried = time.perf_counter() - began, peak()
+    reset_peak()
     wall, quiet = time.perf_counter(), quiet_seconds()
     hg.attribute(run, few, check=False, progress=False, **given)
     quiet, wall = quiet_seconds() - quiet, time.perf_counter() - wall
     most = peak()
     return Row(
-        name, method, queries, run.num_steps, plan.peak_bytes, most - before, most, plan.seconds, quiet, wall, planned,
-        str(plan),
+        name, method, queries, run.num_steps, plan.peak_bytes, most - before, tried - before, max(most, tried),
+        plan.seconds, quiet, wall, planned, str(plan),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from hydragrad.derivatives import worst_error
 from hydragrad.diagnostics import Diagnostics, Smoothing
 from hydragrad.errors import MismatchError, message
 from hydragrad.hypergradient.engines import check_method
-from hydragrad.hypergradient.pages import kept_pages
+from hydragrad.hypergradient.pages import give_back, kept_pages
 from hydragrad.hypergradient.queries import Columns, Queries
 from hydragrad.hypergradient.reverse import direction_of, hessian_free_sweep, reverse_sweep, start
 from hydragrad.hypergradient.scaled import ScaledEngine
@@ -110,6 +110,7 @@ def attribute(
             reweighted=len(runs),
         )
         wrong, slopes = worst_error(sweep, method), slope_error(wanted.queries, sweep.end())
+        give_back()  # what planning and these checks left free would stay beside what the sweep takes
         watch = _sweep(wanted, scores, plan, progress, pieces)
         asked = Asked.of(wanted.measured(), sweep.stop, groups, measurement)
         swept = time.perf_counter() - began

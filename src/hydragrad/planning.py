@@ -36,9 +36,9 @@ class Plan:
     carries; ``sweeps``: passes over the run (over all reweighted runs together, of which there are
     ``reweighted``; 0: the recorded run itself); ``segment``: states kept in memory at a time, ``on_disk``: further ones
     of a stretch; ``replays``: how many times the whole run is replayed for that; ``peak_bytes``: memory above
-    training's, the result included; ``disk_bytes``: in a temporary folder; ``seconds``: predicted; ``budget``: bytes
-    allowed; ``reasons``: why; ``gradient_gap``: relative difference between the gradient that is differentiated and
-    the training step's.
+    training's, the result included (and, of a sweep long enough to be rehearsed, what the heap holds beyond tensors);
+    ``disk_bytes``: in a temporary folder; ``seconds``: predicted; ``budget``: bytes allowed; ``reasons``: why;
+    ``gradient_gap``: relative difference between the gradient that is differentiated and the training step's.
     """
 
     method: str

@@ -25,7 +25,7 @@ STEPS, FEWEST = 16, 3
 """Steps rehearsed at a time, and the fewest that are worth it."""
 ROUNDS = 16
 """How often at most, parts in turns, so that a moment in which the machine is slow spoils a few laps of each."""
-SETTLED, OWN = 4, 16 * 2**20
+SETTLED, OWN = 4, 8 * 2**20
 """Passes after which a heap is about as torn as it gets; bytes by which the interpreter alone may grow meanwhile."""
 SHARE, LONGEST = 0.05, 3.0
 """Part of the predicted time that a rehearsal may take, and seconds; shorter sweeps are predicted from products."""
@@ -114,7 +114,8 @@ class Rehearsal:
         self._state = trajectory.state(first)
         self._load = max(clock() - began, 0.0)
         self._stop = min(first + steps, sweep.stop)
-        self._whole = max(self._stop, min([t for t in (*marks, sweep.stop) if t > first][0], first + room))
+        following = next(t for t in (*marks, sweep.stop) if t > first)
+        self._whole = max(self._stop, min(following, first + room))
 
     def counted(self, known: Costs, counts: Sequence[int], seconds: float) -> Costs:
         """With the bytes of a step that carries so many queries: a block, one, or both; ``seconds`` for each."""
