@@ -137,6 +137,7 @@ def test_a_plan_predicts_what_a_sweep_allocates(
     assert plan.peak_bytes == pytest.approx(counted.peak, rel=allowed), f"{plan.peak_bytes / counted.peak:.2f} {plan}"
 
 
+@pytest.mark.skipif(not allocations.resident(), reason="resident memory cannot be read here")
 def test_resident_memory_is_seen_to_rise_and_free_memory_is_given_back_before() -> None:
     size = 40 * 2**20
     with Allocations() as counted:
