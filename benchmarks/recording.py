@@ -87,6 +87,9 @@ def trainings() -> dict[str, Training]:
         "BatchNorm, dropout, augmentation, clipping, schedule": Training(
             normalized, moved, hg.Augmented(moved), limit=1.0, decay=0.9999
         ),
+        "the same, both trainings on augmented data": Training(
+            normalized, hg.Augmented(moved), hg.Augmented(moved), limit=1.0, decay=0.9999
+        ),
     }
 
 

@@ -202,14 +202,16 @@ Work = tuple[str, str, int, str | None, str | None]
 """Workload, method, queries, memory, disk."""
 
 
-def works(queries: list[int], methods: list[str], *, tiers: bool, others: bool) -> list[Work]:
+def works(
+    queries: list[int], methods: list[str], *, tiers: bool, others: bool, within: str | None = None
+) -> list[Work]:
     """What is asked for, workload by workload."""
     if tiers:
         return [("million", "exact", queries[0], memory, disk) for memory, disk in TIERS]
     work: list[Work] = [("million", m, count, MEMORY, None) for count in queries for m in methods]
     if others:
         counts = (("digits", 360), ("lenet", 64), ("batchnorm", 32))
-        work += [(name, method, count, None, None) for name, count in counts for method in METHODS]
+        work += [(name, method, count, within, None) for name, count in counts for method in METHODS]
     return work
 
 
@@ -241,6 +243,7 @@ def main() -> None:
     parser.add_argument("--stored", default=STORED, help="budget of the states stored while recording")
     parser.add_argument("--tiers", action="store_true", help="budgets of one sweep instead")
     parser.add_argument("--others", action="store_true", help="digits, LeNet-5 and a BatchNorm network too")
+    parser.add_argument("--within", help="budget of memory of these (default: none)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one is not None:
@@ -248,7 +251,7 @@ def main() -> None:
         print(json.dumps(asdict(measured(name, Path(folder), *rest))))
         return
     print(f"goals: both ratios within {GOAL:.0%} of 1, resident memory below {TOTAL / 1e9:.0f} GB")
-    work = works(options.queries, options.methods, tiers=options.tiers, others=options.others)
+    work = works(options.queries, options.methods, tiers=options.tiers, others=options.others, within=options.within)
     with tempfile.TemporaryDirectory() as folder:
         for row in rows(Path(folder), options.steps, options.stored, work):
             print(row, flush=True)

@@ -5,7 +5,6 @@ from typing import Any
 
 import hydragrad as hg
 from comparison.exchange import Answer, Folder, UnfitError, work
-from comparison.tasks import TASKS
 from comparison.truth import open_run
 from hydragrad import baselines
 from hydragrad.signals.along import mean_losses
@@ -21,10 +20,6 @@ def _attributed(method: str, **settings: Any) -> Callable[[Folder], Answer]:
         return Answer(found.values, note=f"verdict: {found.diagnostics.verdict}; {found.diagnostics.plan}")
 
     return attributed
-
-
-def _smoothed(method: str) -> Callable[[Folder], Answer]:
-    return lambda folder: _attributed(method, smoothing=TASKS[folder.about.task].smoothing)(folder)
 
 
 def _baseline(method: Callable[..., hg.Attribution], **settings: object) -> Callable[[Folder], Answer]:
@@ -62,8 +57,8 @@ Methods = dict[str, Callable[[Folder], Answer]]
 HYPERGRADIENTS: Methods = {
     "exact": _attributed("exact"),
     "exact-unchecked": _attributed("exact", check=False),
-    "smoothed": _smoothed("exact"),
-    "smoothed-gauss-newton": _smoothed("gauss-newton"),
+    "smoothed": _attributed("exact", smoothing=8),
+    "smoothed-gauss-newton": _attributed("gauss-newton", smoothing=8),
     "gauss-newton": _attributed("gauss-newton"),
     "hessian-free": _attributed("hessian-free"),
 }

@@ -25,7 +25,7 @@ class Spec:
 
     `sets(queries)`: training data and queries, None where the data is absent; `removed`: examples left out one by one
     (0: nothing is retrained, cost alone is measured); `subsets`: retrained per fraction for LDS; `classes`: 0 where
-    labels cannot be flipped; `smoothing`: runs of which `smoothed` is the mean.
+    labels cannot be flipped.
     """
 
     name: str
@@ -41,7 +41,6 @@ class Spec:
     removed: int = 40
     subsets: int = 32
     dtype: str = "float32"
-    smoothing: int = 8
 
     def record(self, folder: Path, seed: int, flipped: bool) -> bool:
         """Train, record, write the exchange folder; False where the data is absent or labels cannot be flipped."""

@@ -110,9 +110,8 @@ def attribute(
             reweighted=len(runs),
         )
         wrong, slopes = worst_error(sweep, method), slope_error(wanted.queries, sweep.end())
-        give_back()  # what planning and these checks left free would stay beside what the sweep takes
         watch = _sweep(wanted, scores, plan, progress, pieces)
-        asked = Asked.of(wanted.measured(), sweep.stop, groups, measurement)
+        known = (tokens, identity(run.steps), Asked.of(wanted.measured(), sweep.stop, groups, measurement))
         swept = time.perf_counter() - began
         smoothed = None if runs.fraction is None else Smoothing(len(runs), runs.fraction, scores.spread)
         checks = Checks(None, wrong, slopes, None, smoothed, plan.gradient_gap, str(run.half_precision or ""))
@@ -120,9 +119,8 @@ def attribute(
             checks = _check(wanted, scores, plan, watch, checks, seed, progress)
     seconds = time.perf_counter() - began
     diagnostics = _diagnose(wanted, plan, watch, checks, seconds, seconds - swept if check else 0.0, seed)
-    ids = torch.arange(wanted.columns.count)
-    known = (tokens, identity(run.steps), asked)
-    return Attribution(scores.result(), wanted.rows.ids, ids, method, diagnostics, *known)
+    ids = wanted.rows.ids, torch.arange(wanted.columns.count)
+    return Attribution(scores.result(), *ids, method, diagnostics, *known)
 
 
 def _kept(resume: str | Path | None, question: dict[str, Any]) -> AbstractContextManager[Pieces | None]:
@@ -261,6 +259,7 @@ def _sweep(wanted: _Wanted, scores: Scores, plan: Plan, progress: bool, pieces: 
 
     What an earlier call finished is taken from its pieces, which count the columns of all runs in a row.
     """
+    give_back()  # what planning and checks left free would stay beside what the sweep takes
     sweep, columns = wanted.sweep, wanted.columns.count
     if pieces is not None:
         pieces.begin(plan.fixed)

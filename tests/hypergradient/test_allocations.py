@@ -16,6 +16,7 @@ import hydragrad as hg
 from hydragrad import attributing, planning
 from hydragrad.hypergradient import allocations, choosing, rehearsing
 from hydragrad.hypergradient.allocations import Allocations
+from hydragrad.hypergradient.pages import kept_pages
 from hydragrad.hypergradient.sweeping import Sweep
 from hydragrad.trajectory.state import State
 from hydragrad.trajectory.store import Trajectory
@@ -139,15 +140,13 @@ def test_a_plan_predicts_what_a_sweep_allocates(
 
 @pytest.mark.skipif(not allocations.resident(), reason="resident memory cannot be read here")
 def test_resident_memory_is_seen_to_rise_and_free_memory_is_given_back_before() -> None:
-    size = 40 * 2**20
-    with Allocations() as counted:
-        whole = torch.ones(size // 4)
-        del whole
-    assert counted.peak == size
-    assert size * 0.95 < counted.risen < size * 1.3
-    with Allocations() as again:
-        torch.ones(size // 4)
-    assert size * 0.95 < again.risen < size * 1.3  # although as much was free
+    size = 20 * 2**20  # below what malloc takes from the system piece by piece: the heap keeps it
+    with kept_pages():
+        for _ in range(2):  # the second time as much is free
+            with Allocations() as counted:
+                torch.ones(size // 4)
+            assert counted.peak == size
+            assert size * 0.9 < counted.risen < size * 1.5
 
 
 def test_a_plan_counts_what_a_heap_holds_beyond_the_tensors(run: hg.Run, monkeypatch: pytest.MonkeyPatch) -> None:

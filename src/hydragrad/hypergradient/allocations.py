@@ -1,4 +1,4 @@
-"""Counting what tensor operations allocate: the same number on every run, whatever the allocator keeps."""
+"""Counting what tensor operations allocate, the same number on every run; and what the process takes meanwhile."""
 
 import weakref
 from collections.abc import Sequence
