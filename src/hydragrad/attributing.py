@@ -119,8 +119,7 @@ def attribute(
             checks = _check(wanted, scores, plan, watch, checks, seed, progress)
     seconds = time.perf_counter() - began
     diagnostics = _diagnose(wanted, plan, watch, checks, seconds, seconds - swept if check else 0.0, seed)
-    ids = wanted.rows.ids, torch.arange(wanted.columns.count)
-    return Attribution(scores.result(), *ids, method, diagnostics, *known)
+    return Attribution(scores.result(), wanted.rows.ids, torch.arange(wanted.columns.count), method, diagnostics, *known)
 
 
 def _kept(resume: str | Path | None, question: dict[str, Any]) -> AbstractContextManager[Pieces | None]:
