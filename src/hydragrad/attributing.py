@@ -111,7 +111,7 @@ def attribute(
         )
         wrong, slopes = worst_error(sweep, method), slope_error(wanted.queries, sweep.end())
         watch = _sweep(wanted, scores, plan, progress, pieces)
-        known = (tokens, identity(run.steps), Asked.of(wanted.measured(), sweep.stop, groups, measurement))
+        rest = (tokens, identity(run.steps), Asked.of(wanted.measured(), sweep.stop, groups, measurement))
         swept = time.perf_counter() - began
         smoothed = None if runs.fraction is None else Smoothing(len(runs), runs.fraction, scores.spread)
         checks = Checks(None, wrong, slopes, None, smoothed, plan.gradient_gap, str(run.half_precision or ""))
@@ -119,7 +119,7 @@ def attribute(
             checks = _check(wanted, scores, plan, watch, checks, seed, progress)
     seconds = time.perf_counter() - began
     diagnostics = _diagnose(wanted, plan, watch, checks, seconds, seconds - swept if check else 0.0, seed)
-    return Attribution(scores.result(), wanted.rows.ids, torch.arange(wanted.columns.count), method, diagnostics, *known)
+    return Attribution(scores.result(), wanted.rows.ids, torch.arange(wanted.columns.count), method, diagnostics, *rest)
 
 
 def _kept(resume: str | Path | None, question: dict[str, Any]) -> AbstractContextManager[Pieces | None]:
