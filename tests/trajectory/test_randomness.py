@@ -136,6 +136,38 @@ def test_draws_that_bring_a_twister_back_to_its_place_are_seen() -> None:
             assert set(drawn[0]) == {name}
 
 
+@pytest.mark.parametrize("seed", [torch.manual_seed, np.random.seed, random.seed])
+def test_seeds_between_which_nothing_was_drawn_are_told_apart(seed: Callable[[int], Any]) -> None:
+    watch = RandomWatch(CPU)
+    seed(1)
+    for number in (2, 3):
+        watch.begin()
+        seed(number)
+        assert watch.end() is not None
+    watch.begin()
+    assert watch.end() is None
+    first = RandomState.capture().tensors()
+    seed(4)
+    assert any(not torch.equal(state, first[name]) for name, state in RandomState.capture().tensors().items())
+
+
+@pytest.mark.parametrize("name", ["torch", "numpy", "python"])
+def test_a_normal_number_that_is_kept_comes_back_with_its_state(name: str) -> None:
+    draw = {"torch": lambda: torch.randn(1), "numpy": np.random.standard_normal, "python": lambda: random.gauss(0, 1)}
+    draw[name]()  # the second of the pair is kept
+    keeping = RandomState.capture().tensors()
+    draw[name]()
+    used = RandomState.capture().tensors()
+    assert not torch.equal(used[name], keeping[name])
+    for states in (keeping, used, keeping):
+        RandomState.of(states).set()
+        assert torch.equal(RandomState.capture().tensors()[name], states[name])
+    with undisturbed():
+        draw[name]()
+        RandomState.capture()
+    assert torch.equal(RandomState.capture().tensors()[name], keeping[name])
+
+
 @pytest.mark.parametrize("drawing", [*DRAWS, "all", "none", "sometimes"])
 def test_seeding_many_calls_gives_what_seeding_each_gives(drawing: str) -> None:
     def draw(i: int) -> list[Any]:

@@ -1,8 +1,7 @@
 """Random augmentation that comes out the same whenever the same example is asked for in the same epoch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import repeat
 from typing import Any, final
 
 from torch.utils.data import Dataset
@@ -34,7 +33,7 @@ class EpochIndices(list[int]):
 
     @staticmethod
     def of(positions: Sequence[Any], epoch: int) -> "EpochIndices":
-        made = EpochIndices([int(position) for position in positions])
+        made = EpochIndices(positions)
         made.epoch = epoch
         return made
 
@@ -68,15 +67,17 @@ class Augmented(Dataset):
     def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
         """The examples one by one; a DataLoader asks for a batch so, and the generators are put back once for all."""
         positions, length = [int(index) for index in indices], len(self)
-        bases: Iterable[int] = (
-            repeat(_base(self.seed, indices.epoch), len(positions))
-            if isinstance(indices, EpochIndices)
-            else [_base(self.seed, getattr(index, "epoch", 0)) for index in indices]
-        )
-        numbers = [(base + position % length * _ODD) % 2**64 for base, position in zip(bases, positions, strict=True)]
-        return self._seeding.each(lambda position: self.dataset[position], positions, numbers)
+        if isinstance(indices, EpochIndices):
+            base = _base(self.seed, indices.epoch)
+            numbers = [(base + position % length * _ODD) & _LOWEST for position in positions]
+        else:
+            bases = [_base(self.seed, getattr(index, "epoch", 0)) for index in indices]
+            places = zip(bases, positions, strict=True)
+            numbers = [(base + position % length * _ODD) & _LOWEST for base, position in places]
+        return self._seeding.each(self.dataset.__getitem__, positions, numbers)
 
 
+_LOWEST = 2**64 - 1
 _ODD = 0x9E3779B97F4A7C15
 """Odd: positions that differ in their lowest 32 bits, all that torch takes of a seed, give seeds that do."""
 

@@ -20,15 +20,18 @@ GENERATORS = ("torch", "cuda", "numpy", "python")
 @final
 @dataclass(frozen=True)
 class Look:
-    """Generators at one moment: their states, comparable by ``==``, and marks that move with every draw.
+    """Generators at one moment: their states, comparable by ``==``.
 
-    ``read``: the numbers that the marks come from; ``sure``: all of them tell.
+    ``read``: the numbers that their marks come from, which move with every draw; ``sure``: all of them tell.
     """
 
     states: Mapping[str, Any]
-    marks: Mapping[str, Any]
     read: tuple[Any, ...]
     sure: bool
+
+
+_LAST: dict[str, tuple[Any, Any]] = {}
+"""Of each generator the mark (None: it does not tell) and the state when it was read last, by whichever Looker."""
 
 
 @final
@@ -41,22 +44,19 @@ class Looker:
 
     def look(self, before: Look | None = None) -> Look:
         """The generators now; ``before``: an earlier look, itself given back if nothing was drawn since."""
-        numbers = read()
-        if self._cuda:
-            numbers = (*numbers, _cuda_now(self._device))
-        if before is not None and before.sure and numbers == before.read:
+        numbers, cuda = read(), _cuda_now(self._device) if self._cuda else None
+        if before is not None and before.sure and (numbers, cuda) == before.read:
             return before
-        states, known = ({}, {}) if before is None else (before.states, before.marks)
-        marks = told(numbers[:4]) | ({"cuda": numbers[4]} if self._cuda else {})
-        now = {}
+        marks = told(numbers) | {"cuda": cuda}
+        now, sure = {}, True
         for name in self.names:
-            if marks[name] is not None and marks[name] == known.get(name):
-                now[name] = states[name]
-            else:
+            mark, now[name] = _LAST.get(name, (None, None))
+            if mark is None or mark != marks[name]:
                 now[name] = _STATES[name](self._device)
-                if _keeps_a_normal(name, now[name]):
-                    marks[name] = None
-        return Look(now, marks, numbers, all(marks[name] is not None for name in self.names))
+                mark = None if _keeps_a_normal(name, now[name]) else marks[name]
+                _LAST[name] = mark, now[name]
+            sure = sure and mark is not None
+        return Look(now, (numbers, cuda), sure)
 
 
 def changed(before: Look, after: Look) -> list[str]:
@@ -122,6 +122,7 @@ def to_tensor(name: str, looked: Any) -> Tensor:
 
 def put(name: str, state: Tensor, device: torch.device) -> None:
     """Set a generator to a state that ``to_tensor`` gave."""
+    _LAST.pop(name, None)  # one that keeps a normal number has the mark of one that does not
     if name == "torch":
         torch.set_rng_state(state.clone())  # a row of a file may lie unaligned, which torch does not survive
     elif name == "cuda":

@@ -2,7 +2,7 @@
 
 Asking numpy for its state takes 30 microseconds and asking Python ten. All but CUDA's are Mersenne twisters. A draw
 moves the position among the words, and whoever draws so often that it stands there again has made new words: the
-position and one word beside it tell. What they do not tell is whether a normal number is kept for the next call (they
+position and words beside it tell. What they do not tell is whether a normal number is kept for the next call (they
 are made in pairs): see ``generators``.
 """
 
@@ -34,14 +34,16 @@ def _torch_place() -> Any:
 
 
 def _python_place() -> Any:
-    """The same of Python's generator; None where they do not lie as CPython lays them."""
+    """The position and three words of Python's generator; None where they do not lie as CPython lays them."""
     owner = getattr(random, "_inst", None)
     size = getattr(random.Random.__base__, "__basicsize__", 0)
     if type(owner) is not random.Random or size < object.__basicsize__ + WORDS:
         return None
     start = id(owner) + object.__basicsize__
     words = ctypes.string_at(start, WORDS)
-    return ctypes.c_uint64.from_address(start) if words[4:] + words[:4] == python_state()[0] else None
+    if words[4:] + words[:4] != python_state()[0]:
+        return None
+    return (ctypes.c_uint64 * 2).from_address(start)  # the first word is the same after every seed
 
 
 def python_state() -> tuple[bytes, float | None]:
@@ -51,11 +53,11 @@ def python_state() -> tuple[bytes, float | None]:
 
 
 def _view(place: Any) -> Any:
-    """The number at a place, as item 0: a view is read in a third of the time that ctypes takes."""
+    """The numbers at a place, as items: a view is read in a third of the time that ctypes takes."""
     return _NOWHERE if place is None else memoryview(place).cast("B").cast("Q")
 
 
-_NOWHERE = (None,)
+_NOWHERE = (None, None)
 _TORCH, _PYTHON = _view(_torch_place()), _view(_python_place())
 _KEPT: Any = vars(random._inst) if _PYTHON is not _NOWHERE else {"gauss_next": None}  # type: ignore[attr-defined]
 
@@ -92,10 +94,10 @@ def read() -> tuple[Any, ...]:
     """The numbers of all: equal where nothing was drawn and no normal number is kept."""
     if _RANDOM._bit_generator is not _Numpy.generator:
         _follow_numpy()
-    return _TORCH[0], _Numpy.view[0], _PYTHON[0], _KEPT["gauss_next"]
+    return _TORCH[0], _Numpy.view[0], _PYTHON[0], _PYTHON[1], _KEPT["gauss_next"]
 
 
 def told(numbers: tuple[Any, ...]) -> dict[str, Any]:
     """What ``read`` gave, by generator; None: it cannot be told so."""
-    torchs, numpys, pythons, kept = numbers
-    return {"torch": torchs, "numpy": numpys, "python": None if pythons is None else (pythons, kept)}
+    torchs, numpys, *pythons = numbers
+    return {"torch": torchs, "numpy": numpys, "python": None if pythons[0] is None else pythons}

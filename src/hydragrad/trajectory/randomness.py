@@ -85,12 +85,12 @@ class RandomState:
 def undisturbed() -> Iterator[None]:
     """Afterwards every global generator, on every device in use, is as the caller had it."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    kept = RandomState.capture("cpu", ("numpy", "python"))
-    with torch.random.fork_rng(devices=devices):
-        try:
+    kept = RandomState.capture("cpu", _ON_CPU)
+    try:
+        with torch.random.fork_rng(devices=devices):
             yield
-        finally:
-            kept.set()
+    finally:
+        kept.set()
 
 
 @contextlib.contextmanager
@@ -125,7 +125,7 @@ class Seeding:
 
     def __init__(self) -> None:
         self._seeded: tuple[str, ...] = ("torch",)
-        self._looker = Looker(_CPU, _ON_CPU)
+        self._looker, self._others = Looker(_CPU, _ON_CPU), Looker(_CPU, _ON_CPU[1:])
         self._last: Look | None = None
 
     def __reduce__(self) -> Any:
@@ -133,19 +133,22 @@ class Seeding:
 
     def each(self, function: Callable[[Any], Any], items: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
         """``[function(item) for item in items]``; afterwards the generators are as the caller had them."""
-        look = self._looker.look
-        self._last = before = look(self._last)  # what nobody drew from since is not read again
-        after = None
+        self._last = before = self._looker.look(self._last)  # what nobody drew from since is not read again
+        drawn = None
         try:
             made = self._each(function, items, numbers)
-            after = look(before)
-            if self._seeded is not _ON_CPU and set(changed(before, after)) - set(self._seeded):
-                self._seeded, after = _ON_CPU, None
+            drawn = self._drawn(before)
+            if drawn and self._seeded is not _ON_CPU:
+                self._seeded, drawn = _ON_CPU, None
                 made = self._each(function, items, numbers)
             return made
         finally:
-            for name in changed(before, after or look(before)):
+            for name in ("torch", *(self._drawn(before) if drawn is None else drawn)):
                 put(name, to_tensor(name, before.states[name]), _CPU)
+
+    def _drawn(self, before: Look) -> list[str]:
+        """Those of numpy and Python that were drawn from."""
+        return [name for name, state in self._others.look().states.items() if state != before.states[name]]
 
     def _each(self, function: Callable[[Any], Any], items: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
         made, many = list[Any](), self._seeded is _ON_CPU
