@@ -35,10 +35,10 @@ def path_of(path: str | Path, argument: str = "path") -> Path:
 
 def to_json(value: Any) -> Any:
     """Plain JSON for numbers (also NaN and infinities), strings, None, tuples, lists and string-keyed dicts."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"$float": repr(value)}
-    if value is None or isinstance(value, (str, bool, int, float)):
+    if value is None or isinstance(value, (str, bool, int)):
         return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, tuple):
         return {"$tuple": [to_json(part) for part in value]}
     if isinstance(value, list):
@@ -67,7 +67,10 @@ def from_json(value: Any) -> Any:
 
 def dumps(value: Any) -> str:
     """One line of strict JSON."""
-    return json.dumps(to_json(value), allow_nan=False, separators=(",", ":"))
+    return _ENCODER.encode(to_json(value))
+
+
+_ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
 
 def loads(text: str | bytes) -> Any:

@@ -108,6 +108,21 @@ def test_betas_and_decay_edited_by_hand(tmp_path: Path) -> None:
     assert_exact(bind(tmp_path / "run"), model)
 
 
+def test_betas_that_are_tensors_changed_where_they_lie(tmp_path: Path) -> None:
+    first = torch.tensor(0.5)
+
+    def step(recording: Recording, model: nn.Module, optimizer: Optimizer, batch: Any, place: int) -> None:
+        first.fill_(0.5 + 0.03 * place)
+        plain(recording, model, optimizer, batch, place)
+
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), 0.02, betas=(first, torch.tensor(0.9)), foreach=False)
+    recorded(tmp_path / "run", model, optimizer, step)
+    run = bind(tmp_path / "run")
+    assert len({record.groups[0]["betas"] for record in run.steps}) > 1
+    assert_exact(run, model)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Compiled models, memory layouts
 

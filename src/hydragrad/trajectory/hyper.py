@@ -75,7 +75,7 @@ def hyperparameters(optimizer: Optimizer, names: list[list[str]]) -> tuple[Hyper
 
 
 def _described(group: Mapping[str, Any]) -> Hyper:
-    held = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    held = _held(group)
     forms = []
     for key, value in held.items():
         first = value[0] if isinstance(value, (tuple, list)) and value else value  # betas: all or none are tensors
@@ -132,15 +132,30 @@ class HyperNotes:
     def now(self) -> tuple[Hyper, ...]:
         """As ``hyperparameters``."""
         groups = self._optimizer.param_groups
-        if groups == self._seen and [len(group["params"]) for group in groups] == self._sizes:
+        whole = [len(group["params"]) for group in groups] == self._sizes
+        if whole and groups == self._seen:
             return self._last
-        found = hyperparameters(self._optimizer, self.names)
+        found = tuple(_held(group) for group in groups)
+        fixed = whole and all(_is_fixed(value) for held in found for value in held.values())
+        if not fixed:
+            found = hyperparameters(self._optimizer, self.names)
         if found != self._last:
             self._last = found
-        held = [value for group in groups for key, value in group.items() if key not in ("params", "param_names")]
-        fixed = all(value is None or isinstance(value, (bool, int, float, str, tuple)) for value in held)
         self._seen = [dict(group) for group in groups] if fixed else []
         return self._last
+
+
+def _held(group: Mapping[str, Any]) -> Hyper:
+    return {key: value for key, value in group.items() if key not in _NOT_HYPER}
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether it is plain already, and does not change in place."""
+    return type(value) in _FIXED or (type(value) is tuple and all(type(part) in _FIXED for part in value))
+
+
+_NOT_HYPER = ("params", "param_names")
+_FIXED = frozenset({type(None), bool, int, float, str})
 
 
 def _plain(value: Any) -> Any:

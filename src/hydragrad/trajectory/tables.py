@@ -57,17 +57,16 @@ def decode_digests(tensors: dict[str, Tensor], name: str, lengths: Sequence[int]
 def encode_draws(draws: Sequence[Draw | None]) -> dict[str, Tensor]:
     """``draws`` int64 [micro-batches, generators]: nothing drawn, going on, or a row of ``random_<generator>``."""
     states: dict[str, list[Tensor]] = {name: [] for name in GENERATORS}
-    places = torch.full((len(draws), len(GENERATORS)), _NOTHING, dtype=torch.int64)
-    for k, draw in enumerate(draws):
-        for g, name in enumerate(GENERATORS):
-            if draw is None or name not in draw:
-                continue
-            state = draw[name]
-            places[k, g] = _CONTINUES if state is None else len(states[name])
+    places = []
+    for draw in draws:
+        row = [_NOTHING] * len(GENERATORS)
+        for name, state in (draw or {}).items():
+            row[GENERATORS.index(name)] = _CONTINUES if state is None else len(states[name])
             if state is not None:
                 states[name].append(state)
+        places.append(row)
     tensors = {f"random_{name}": torch.stack(rows) for name, rows in states.items() if rows}
-    return {"draws": places, **tensors}
+    return {"draws": torch.tensor(places, dtype=torch.int64).reshape(-1, len(GENERATORS)), **tensors}
 
 
 def decode_draws(tensors: dict[str, Tensor]) -> list[Draw | None]:
