@@ -29,10 +29,10 @@ CHECKED_MODULES = [
 ]
 install_import_hook(CHECKED_MODULES, "beartype.beartype")
 
-# Two workers with a thread pool each would measure how they fight over the cores. Child processes inherit the variable.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
+# Two workers with a thread pool each would measure how they fight over the cores; another number of threads than in the
+# children that tests fork rounds otherwise. Child processes inherit the variable.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 os.environ["MPLBACKEND"] = "Agg"  # pictures go to files: no screen is needed
 
