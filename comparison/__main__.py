@@ -127,7 +127,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", help="names as they are printed; all by default")
+    known = [*METHODS, *(method for peer in PEERS for method in peer.methods)]
+    parser.add_argument("--methods", nargs="+", choices=known, metavar="METHOD", help="all by default: %(choices)s")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", choices=_RUNS, default=list(_RUNS), help="right labels, a tenth flipped")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="hydragrad's own methods alone")

@@ -126,14 +126,13 @@ class Seeding:
     def __init__(self) -> None:
         self._seeded: tuple[str, ...] = ("torch",)
         self._looker, self._others = Looker(_CPU, _ON_CPU), Looker(_CPU, _ON_CPU[1:])
-        self._last: Look | None = None
 
     def __reduce__(self) -> Any:
         return Seeding, ()  # a worker process has generators of its own
 
     def each(self, function: Callable[[Any], Any], items: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
         """``[function(item) for item in items]``; afterwards the generators are as the caller had them."""
-        self._last = before = self._looker.look(self._last)  # what nobody drew from since is not read again
+        before = self._looker.look()
         drawn = None
         try:
             made = self._each(function, items, numbers)
