@@ -25,8 +25,9 @@ STEPS, FEWEST = 16, 3
 """Steps rehearsed at a time, and the fewest that are worth it."""
 ROUNDS = 16
 """How often at most, parts in turns, so that a moment in which the machine is slow spoils a few laps of each."""
-SETTLED, OWN = 4, 8 * 2**20
-"""Passes after which a heap is about as torn as it gets; bytes by which the interpreter alone may grow meanwhile."""
+SETTLED, OWN, SMALL = 4, 8 * 2**20, 64 * 2**20
+"""Passes after which a heap is about as torn as it gets; bytes by which the interpreter alone may grow meanwhile; and
+of a sweep that is too small for its heap to matter."""
 SHARE, LONGEST = 0.05, 3.0
 """Part of the predicted time that a rehearsal may take, and seconds; shorter sweeps are predicted from products."""
 
@@ -71,7 +72,8 @@ def rehearse(sweep: Sweep, chosen: Chosen, queries: int, memory: int) -> Costs:
     steps = min(STEPS, int(turns / (narrow + (wide if wide > narrow else 0))) - 2, room)
     if turns < narrow:
         return first
-    tight = sizes.made + block * sizes.adjoint + first.work + sizes.longest * sizes.state > memory
+    needed = sizes.made + block * sizes.adjoint + first.work + sizes.longest * sizes.state
+    tight = needed > memory
     fits = narrow * sizes.adjoint + first.work + sizes.state <= memory
     counts = ((narrow,) if fits else ()) + ((1,) if tight else ())
     key = ("rehearsed", repr(chosen.engine), counts, wide, steps, sweep.stop, sweep.objective.names)
@@ -79,7 +81,7 @@ def rehearse(sweep: Sweep, chosen: Chosen, queries: int, memory: int) -> Costs:
     if key not in sweep.run.memo:
         rehearsal = Rehearsal(sweep, chosen, max(steps, 1), room, quiet_seconds)
         seconds = min(SHARE * sweep.stop * (first.advance + queries * first.query), LONGEST)
-        known = rehearsal.counted(first, counts, seconds)
+        known = rehearsal.counted(first, counts, seconds if needed > SMALL else 0.0)
         if steps >= FEWEST:
             known = rehearsal.timed(known, narrow, wide, seconds)
         sweep.run.memo[key] = known
@@ -118,7 +120,10 @@ class Rehearsal:
         self._whole = max(self._stop, min(following, first + room))
 
     def counted(self, known: Costs, counts: Sequence[int], seconds: float) -> Costs:
-        """With the bytes of a step that carries so many queries: a block, one, or both; ``seconds`` for each."""
+        """With the bytes of a step that carries so many queries: a block, one, or both.
+
+        ``seconds``: for the heap of each; 0: what tensors take alone.
+        """
         block = self._chosen.block
         found = {queries: self._bytes(queries, seconds) for queries in counts}
         if not all(found.values()):
@@ -215,7 +220,7 @@ class Rehearsal:
             else:
                 with Allocations() as counted:
                     held = self._back(moments, queries, [])
-                peak = counted.peak + self._torn(queries, seconds)
+                peak = counted.peak + (self._torn(queries, seconds) if seconds else 0)
         return max(peak - held - chosen.held, 0)
 
     def _torn(self, queries: int, seconds: float) -> int:
