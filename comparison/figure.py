@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.results import ORDER, kind_of
-from comparison.table import UNCHECKED, mean, values
+from comparison.table import UNCHECKED, mean, times, values
 
 _COLORS = {"hydragrad": "#0b7a75", "baseline": "#7d8790"}
 _OTHERS = "#a4572a"
@@ -57,7 +57,7 @@ def _panel(axes: Any, name: str, methods: dict[str, Any], shown: list[str]) -> N
                              facecolors=color if filled else "white", linewidths=1.2)  # fmt: skip
         ratio = mean(rows, "ratio")
         if ratio is not None and values(rows, "loo"):
-            axes.text(1.02, row, f"{ratio:.3g}", transform=axes.get_yaxis_transform(), fontsize=7.5, va="center")
+            axes.text(1.02, row, times(ratio), transform=axes.get_yaxis_transform(), fontsize=7.5, va="center")
     axes.set_xlim(_LEFT, _RIGHT)
     axes.set_title(name, loc="left", fontsize=10)
     axes.text(1.02, -0.9, "time", transform=axes.get_yaxis_transform(), fontsize=7.5, color="#5c6670", va="bottom")

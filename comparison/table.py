@@ -49,10 +49,15 @@ def cell(rows: Rows, column: str) -> str:
     if column == "peak_mib":
         return f"{middle:.0f}"
     if column == "ratio":
-        return f"{middle:.3g} x" + ("†" if all(row.get("machine") for row in rows if column in row) else "")
+        return f"{times(middle)} x" + ("†" if all(row.get("machine") for row in rows if column in row) else "")
     digits = 3 if column.startswith("self.") else 2  # what is that near to 1 is told apart by the third
     spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
     return f"{middle:.{digits}f}" + spread
+
+
+def times(ratio: float) -> str:
+    """Three digits, and all that stand before the point."""
+    return f"{ratio:.0f}" if ratio >= 1000 else f"{ratio:.3g}"
 
 
 def table(name: str, task: dict[str, Any]) -> str:
