@@ -136,21 +136,6 @@ def test_draws_that_bring_a_twister_back_to_its_place_are_seen() -> None:
             assert set(drawn[0]) == {name}
 
 
-@pytest.mark.parametrize("seed", [torch.manual_seed, np.random.seed, random.seed])
-def test_seeds_between_which_nothing_was_drawn_are_told_apart(seed: Callable[[int], Any]) -> None:
-    watch = RandomWatch(CPU)
-    seed(1)
-    for number in (2, 3):
-        watch.begin()
-        seed(number)
-        assert watch.end() is not None
-    watch.begin()
-    assert watch.end() is None
-    first = RandomState.capture().tensors()
-    seed(4)
-    assert any(not torch.equal(state, first[name]) for name, state in RandomState.capture().tensors().items())
-
-
 @pytest.mark.parametrize("name", ["torch", "numpy", "python"])
 def test_a_normal_number_that_is_kept_comes_back_with_its_state(name: str) -> None:
     draw = {"torch": lambda: torch.randn(1), "numpy": np.random.standard_normal, "python": lambda: random.gauss(0, 1)}

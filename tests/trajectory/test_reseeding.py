@@ -1,16 +1,18 @@
 """A loss that seeds a generator by itself ends where it began: no draw is seen, and none needs to be."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hydragrad.attributing import attribute
 from hydragrad.run import load
-from hydragrad.trajectory.randomness import RandomState
+from hydragrad.trajectory.randomness import RandomState, RandomWatch
 from hydragrad.trajectory.recording import record
 from hydragrad.verification import verify
 from tests.tolerances import FINITE_DIFFERENCE, assert_close
@@ -64,3 +66,13 @@ def test_what_a_loss_seeds_itself_comes_again_in_replay_and_sweeps(
         trained.load_state_dict(state.params)
         ends.append(torch.cat([losses(trained, [part[None] for part in query]) for query in queries]).detach())
     assert_close(direction @ scores, (ends[1] - ends[0]) / (2 * STEP), FINITE_DIFFERENCE)
+
+
+@pytest.mark.parametrize("seed", [torch.manual_seed, np.random.seed, random.seed])
+def test_seeds_between_which_nothing_was_drawn_are_told_apart(seed: Callable[[int], Any]) -> None:
+    watch = RandomWatch(torch.device("cpu"))
+    seed(1)
+    for number in (2, 3):
+        watch.begin()
+        seed(number)
+        assert watch.end() is not None
