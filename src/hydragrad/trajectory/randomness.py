@@ -85,7 +85,7 @@ class RandomState:
 def undisturbed() -> Iterator[None]:
     """Afterwards every global generator, on every device in use, is as the caller had it."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    kept = RandomState.capture("cpu", _ON_CPU)
+    kept = RandomState.capture("cpu", _ON_CPU)  # torch's too: looks learn of what they set by themselves alone
     try:
         with torch.random.fork_rng(devices=devices):
             yield
